@@ -1,0 +1,611 @@
+"""The catalogue of clamps, and how they compose (`experiments.md` §3).
+
+A clamp is a value. It says, entry by entry, what it replaces in a forward pass; the rest of the network computes from
+that and learns around it. A replaced entry passes no gradient to what it replaced; everything else does, and nothing
+is detached, but a donor network, which is frozen. Clamps compose by being listed together.
+
+Writing one's own takes a frozen dataclass with a method `writes(shape)` that returns `Write`s.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ihbook.config import ModelConfig, one_of
+from ihbook.data import Batch
+from ihbook.model import KIND, Activations, Override, Params, Site, Weights, forward, stack
+
+Head = tuple[int, int]
+BLOCKED = -1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a clamp must know of the network and the sequence. Positions: exemplars 0, 2, …, labels 1, 3, …, query last."""
+
+    n_layers: int
+    n_heads: int
+    n_pairs: int
+
+    @property
+    def n_positions(self) -> int:
+        return 2 * self.n_pairs + 1
+
+    @property
+    def label_positions(self) -> list[int]:
+        return list(range(1, self.n_positions, 2))
+
+    def zeros(self, name: str) -> Tensor:
+        """All False, of the entries of activation `name` that a clamp can tell apart: attention `[head, q_pos, k_pos]`,
+        heads `[head, pos]`, streams `[pos]`, logits `[]`."""
+        h, n = self.n_heads, self.n_positions
+        size = {"attention": (h, n, n), "head": (h, n), "stream": (n,), "logits": ()}[KIND[name]]
+        return torch.zeros(size, dtype=torch.bool)
+
+
+# A function of the activations so far that gives an activation in the caller's order of axes; None is the constant 1.
+Source = Callable[[Activations], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Write:
+    """What a clamp does to one activation: the entries in `where` (see `Shape.zeros`) become Σ coefficient · source.
+
+    `how` is "set"; "scale" (times the coefficient, before anything is set); "keep" (a default, which gives way to what
+    other clamps set); or "hold" (nothing is set, but a "keep" gives way here too). Sources that are equal are computed
+    once for all the runs of a family.
+    """
+
+    name: str
+    layer: int | None
+    where: Tensor
+    terms: tuple[tuple[float | Tensor, Source | None], ...] = ()
+    how: str = "set"
+
+
+class Clamp(Protocol):
+    """Any frozen dataclass that can say what it writes; it raises ValueError where `shape` can't have it."""
+
+    def writes(self, shape: Shape) -> list[Write]: ...
+
+
+def _heads(heads) -> tuple[Head, ...]:
+    if len(heads) == 2 and all(isinstance(x, int) for x in heads):
+        heads = (heads,)
+    result = tuple((int(layer), int(head)) for layer, head in heads)
+    if not result or len(set(result)) != len(result):
+        raise ValueError(f"heads={heads!r} must be one or more different (layer, head) pairs, counted from zero")
+    return result
+
+
+def _by_layer(clamp: Clamp, heads: tuple[Head, ...], shape: Shape) -> dict[int, list[int]]:
+    """The heads of each layer, after checking that the network has them."""
+    layers = defaultdict(list)
+    for layer, head in heads:
+        if not (0 <= layer < shape.n_layers and 0 <= head < shape.n_heads):
+            raise ValueError(f"{clamp}: there is no head {layer}.{head}; layers are 0 to {shape.n_layers - 1}, heads 0 to "
+                             f"{shape.n_heads - 1}")
+        layers[layer].append(head)
+    return layers
+
+
+def _fraction(clamp: Clamp, name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{type(clamp).__name__}: {name}={value!r} is out of range; it must be from 0 to 1")
+
+
+class _OnHeads:
+    """Normalises the field `heads`: one (layer, head) or several."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "heads", _heads(self.heads))
+
+
+@dataclass(frozen=True)
+class Ablate(_OnHeads):
+    """The heads' value vectors are 0 at all positions. No gradient reaches their value weights."""
+
+    heads: tuple[Head, ...]
+
+    def writes(self, shape: Shape) -> list[Write]:
+        result = []
+        for layer, heads in _by_layer(self, self.heads, shape).items():
+            where = shape.zeros("v")
+            where[heads] = True
+            result.append(Write("v", layer, where, ((0.0, None),)))
+        return result
+
+
+@dataclass(frozen=True)
+class _FromUnclamped:
+    """An activation of the same network's pass with no clamps at all."""
+
+    name: str
+    layer: int
+
+    def __call__(self, acts: Activations) -> Tensor:
+        return acts.unclamped[self.name, self.layer]
+
+
+@dataclass(frozen=True)
+class Preserve:
+    """`what` ("patterns", "values", "queries" or "keys") of every layer is taken from a pass with no clamps at all.
+
+    Gradients flow through that pass too. Whatever another clamp sets wins: the ablated values, a clamped pattern, the
+    row of a pattern whose scores are clamped, Layer 2 under `PerfectLayer1`. Preserving patterns lets only the values
+    path feel an ablation; values, only the patterns; both, only the direct connection to the output.
+    """
+
+    what: tuple[str, ...]
+
+    NAMES = {"patterns": "pattern", "values": "v", "queries": "q", "keys": "k"}
+
+    def __post_init__(self):
+        object.__setattr__(self, "what", (self.what,) if isinstance(self.what, str) else tuple(self.what))
+        for what in self.what:
+            one_of("Preserve: what", what, tuple(self.NAMES))
+
+    def writes(self, shape: Shape) -> list[Write]:
+        names = [self.NAMES[what] for what in self.what]
+        return [Write(name, layer, ~shape.zeros(name), ((1.0, _FromUnclamped(name, layer)),), "keep")
+                for name in names for layer in range(shape.n_layers)]
+
+
+def _previous_token_rows(shape: Shape, labels_only: bool) -> list[int]:
+    return shape.label_positions if labels_only else list(range(1, shape.n_positions))
+
+
+@dataclass(frozen=True)
+class PreviousToken(_OnHeads):
+    """The heads' pattern: `strength` on the previous token, 1 − `strength` on itself; position 0 attends to itself.
+
+    `labels_only` sets the rows of label positions alone. Figures 5b, 8, 10.
+    """
+
+    heads: tuple[Head, ...]
+    strength: float = 1.0
+    labels_only: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        _fraction(self, "strength", self.strength)
+
+    def writes(self, shape: Shape) -> list[Write]:
+        rows = _previous_token_rows(shape, self.labels_only)
+        pattern = torch.zeros(shape.n_positions, shape.n_positions)
+        for row in rows:
+            pattern[row, row - 1], pattern[row, row] = self.strength, 1 - self.strength
+        if not self.labels_only:
+            rows, pattern[0, 0] = [0, *rows], 1.0
+        result = []
+        for layer, heads in _by_layer(self, self.heads, shape).items():
+            where = shape.zeros("pattern")
+            where[torch.tensor(heads)[:, None], torch.tensor(rows)] = True
+            result.append(Write("pattern", layer, where, ((pattern.expand(where.shape), None),)))
+        return result
+
+
+@dataclass(frozen=True)
+class BlockPreviousToken(_OnHeads):
+    """The heads' pre-softmax score for the previous token is −1e9, at all positions or at label positions only."""
+
+    heads: tuple[Head, ...]
+    labels_only: bool = False
+
+    def writes(self, shape: Shape) -> list[Write]:
+        rows = torch.tensor(_previous_token_rows(shape, self.labels_only))
+        result = []
+        for layer, heads in _by_layer(self, self.heads, shape).items():
+            where = shape.zeros("attn_scores")
+            where[torch.tensor(heads)[:, None], rows, rows - 1] = True
+            result.append(Write("attn_scores", layer, where, ((BLOCKED, None),)))
+        return result
+
+
+def _on_labels(weights: Tensor) -> Tensor:
+    """Weights over pairs `[run, batch, pair]` as a query row: on their label tokens, `[run, batch, 1, 1, k_pos]`."""
+    row = torch.stack([torch.zeros_like(weights), weights], -1).flatten(2)
+    return F.pad(row, (0, 1))[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class _LabelRow:
+    """The query's attention shared equally among the label tokens that are right (or wrong).
+
+    Where no label token is wrong, the wrong ones' share goes to the right ones too, so that a row sums to 1.
+    """
+
+    right: bool
+
+    def __call__(self, acts: Activations) -> Tensor:
+        right = acts.batch.in_context
+        wanted = right if self.right else ~right
+        wanted = torch.where(wanted.any(2, keepdim=True), wanted, ~wanted).to(acts.params["unembed.bias"].dtype)
+        return _on_labels(wanted / wanted.sum(2, keepdim=True))
+
+
+def _query_rows(clamp: Clamp, heads: tuple[Head, ...], shape: Shape, terms) -> list[Write]:
+    result = []
+    for layer, of_layer in _by_layer(clamp, heads, shape).items():
+        where = shape.zeros("pattern")
+        where[of_layer, -1] = True
+        result.append(Write("pattern", layer, where, terms))
+    return result
+
+
+@dataclass(frozen=True)
+class Induction(_OnHeads):
+    """The query's pattern row: `strength` on the right label token, 1 − `strength` on the wrong one, 0 elsewhere.
+
+    With more pairs, the right label tokens share `strength` equally, and the wrong ones 1 − `strength`; where none is
+    wrong, the right ones have it all. Strength 1 clamps the match (step 4). Figures 5b, 6, 10, 15, 16.
+    """
+
+    heads: tuple[Head, ...]
+    strength: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _fraction(self, "strength", self.strength)
+
+    def writes(self, shape: Shape) -> list[Write]:
+        terms = ((self.strength, _LabelRow(True)), (1 - self.strength, _LabelRow(False)))
+        return _query_rows(self, self.heads, shape, terms)
+
+
+@dataclass(frozen=True)
+class _SimilarityRow:
+    """Softmax over context exemplars of cosine(query features, exemplar features) / temperature, on label tokens."""
+
+    temperature: float
+
+    def __call__(self, acts: Activations) -> Tensor:
+        features = F.normalize(acts.batch.exemplars.to(acts.params["unembed.bias"].dtype), dim=-1)
+        cosine = (features[:, :, :-1] * features[:, :, -1:]).sum(-1)
+        if self.temperature == 0:
+            return _on_labels(F.one_hot(cosine.argmax(2), cosine.shape[2]).to(cosine.dtype))
+        return _on_labels((cosine / self.temperature).softmax(2))
+
+
+@dataclass(frozen=True)
+class SimilarityMatch(_OnHeads):
+    """The query's pattern row matches by the raw features: a softmax over context exemplars of their cosine with the
+    query, over `temperature`, placed on their label tokens. Temperature 0 is the arg-max (the first of equals)."""
+
+    heads: tuple[Head, ...]
+    temperature: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.temperature >= 0:
+            raise ValueError(f"SimilarityMatch: temperature={self.temperature!r} must be 0 or more")
+
+    def writes(self, shape: Shape) -> list[Write]:
+        return _query_rows(self, self.heads, shape, ((1.0, _SimilarityRow(self.temperature)),))
+
+
+@dataclass(frozen=True)
+class HeadTemperature(_OnHeads):
+    """The heads' pre-softmax scores are divided by `temperature`, at all positions; gradients scale with them.
+
+    Scores that another clamp sets are set after, and not divided.
+    """
+
+    heads: tuple[Head, ...]
+    temperature: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"HeadTemperature: temperature={self.temperature!r} must be positive")
+
+    def writes(self, shape: Shape) -> list[Write]:
+        result = []
+        for layer, heads in _by_layer(self, self.heads, shape).items():
+            where = shape.zeros("attn_scores")
+            where[heads] = True
+            result.append(Write("attn_scores", layer, where, ((1 / self.temperature, None),), "scale"))
+        return result
+
+
+@dataclass(frozen=True)
+class LabelAttentionOnly(_OnHeads):
+    """Last layer: for these heads the query's scores at exemplar tokens, its own included, are −1e9."""
+
+    heads: tuple[Head, ...]
+
+    def writes(self, shape: Shape) -> list[Write]:
+        result = []
+        for layer, heads in _by_layer(self, self.heads, shape).items():
+            if layer != shape.n_layers - 1:
+                raise ValueError(f"{self}: layer {layer} is not the last; this clamp is defined for heads of layer "
+                                 f"{shape.n_layers - 1} alone")
+            where = shape.zeros("attn_scores")
+            where[heads, -1, ::2] = True
+            result.append(Write("attn_scores", layer, where, ((BLOCKED, None),)))
+        return result
+
+
+@dataclass(frozen=True)
+class _CopiedScores:
+    """A head's scores from the query to the label tokens, as logits; −1e9 for labels that are not in context."""
+
+    layer: int
+    head: int
+
+    def __call__(self, acts: Activations) -> Tensor:
+        scores = acts["attn_scores", self.layer][:, :, self.head, -1, 1::2]
+        labels = acts.batch.labels[:, :, :-1]
+        n_labels = acts.params["unembed.bias"].shape[1]
+        # Adding the probabilities of repeated labels is a log-sum-exp of their scores.
+        seen = labels[..., None] == torch.arange(n_labels, device=labels.device)
+        logits = torch.where(seen, scores[..., None], BLOCKED).logsumexp(2)
+        return torch.where(seen.any(2), logits, BLOCKED)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The query's logits are `head`'s pre-softmax scores at the label tokens in context; −1e9 for all other labels.
+
+    The scores are those of the pass with the other clamps, scaled by d_head^-½. Of labels that stand in context more than
+    once the probabilities are added. With `PerfectLayer1`, this is the paper's "layer 1 + copy". No gradient reaches
+    the unembedding, or any value vector but through `head`'s scores. Figures 5b, 6.
+    """
+
+    head: Head
+
+    def __post_init__(self):
+        object.__setattr__(self, "head", _heads(self.head)[0])
+
+    def writes(self, shape: Shape) -> list[Write]:
+        _by_layer(self, (self.head,), shape)
+        return [Write("logits", None, ~shape.zeros("logits"), ((1.0, _CopiedScores(*self.head)),))]
+
+
+def _embeddings(acts: Activations) -> Tensor:
+    return acts["token_embed", None]
+
+
+def _copied_embeddings(acts: Activations) -> Tensor:
+    """Token embeddings, each but the first and the query replaced by the previous token's."""
+    x = acts["token_embed", None]
+    return torch.cat([x[:, :, :1], x[:, :, :-2], x[:, :, -1:]], 2)
+
+
+@dataclass(frozen=True)
+class PerfectLayer1:
+    """Layer 2's patterns are computed as if Layer 1 had written a perfect previous-token copy (steps 1–2).
+
+    Queries and keys see the token embeddings with each token but the first and the query replaced by the one before.
+    Values see the plain token embeddings, which form the residual stream: nothing of the learnt Layer 1 interferes, and
+    no gradient reaches it. Absolute positions are part of the embeddings. Two layers only. Figures 5b, 6.
+    """
+
+    def writes(self, shape: Shape) -> list[Write]:
+        if shape.n_layers != 2:
+            raise ValueError(f"PerfectLayer1 is defined for networks of two layers, not n_layers={shape.n_layers}")
+        everywhere = ~shape.zeros("resid_pre")
+        return [Write("resid_pre", 1, everywhere, ((1.0, _embeddings),)),
+                Write("qk_input", 1, everywhere, ((1.0, _copied_embeddings),)),
+                Write("v", 1, ~shape.zeros("v"), how="hold")]
+
+
+@dataclass(frozen=True)
+class _FromDonor:
+    layer: int
+
+    def __call__(self, acts: Activations) -> Tensor:
+        return acts.of_donor["resid_post", self.layer]
+
+
+@dataclass(frozen=True)
+class Graft:
+    """Part of the network is a frozen donor's: no gradient reaches the donor's weights. Figure 7.
+
+    `part="below"`: the stream after `after_layer` is the donor's, with its embeddings and its layers up to that one.
+    `part="above"`: everything after `after_layer` is the donor's; gradients flow through it to what is below.
+    """
+
+    donor: Weights
+    after_layer: int = 0
+    part: str = "below"
+
+    def __post_init__(self):
+        one_of("Graft: part", self.part, ("below", "above"))
+
+    def writes(self, shape: Shape) -> list[Write]:
+        if not 0 <= self.after_layer < shape.n_layers - 1:
+            raise ValueError(f"{self}: after_layer={self.after_layer} is out of range; it must be from 0 to "
+                             f"{shape.n_layers - 2}, so that a layer follows")
+        if self.part == "above":
+            return []
+        name, layer = "resid_pre", self.after_layer + 1
+        return [Write(name, layer, ~shape.zeros(name), ((1.0, _FromDonor(self.after_layer)),))]
+
+
+@dataclass(frozen=True)
+class AblateEmbedding:
+    """Token embeddings are 0."""
+
+    def writes(self, shape: Shape) -> list[Write]:
+        return [Write("token_embed", None, ~shape.zeros("token_embed"), ((0.0, None),))]
+
+
+@dataclass(frozen=True)
+class During:
+    """A clamp in a window of training: on from `start` until `until` sequences seen (None: to the end), else off.
+
+    `start` is included, `until` is not. A finished network is at its run's last number of sequences seen.
+    """
+
+    clamp: Clamp
+    start: int = 0
+    until: int | None = None
+
+    def __post_init__(self):
+        if self.start < 0 or (self.until is not None and self.until <= self.start):
+            raise ValueError(f"During: start={self.start}, until={self.until} is no window; it needs 0 ≤ start < until")
+        if isinstance(self.clamp, During):
+            raise ValueError("During: a window in a window; give the clamp itself, with the window that both share")
+
+    def writes(self, shape: Shape) -> list[Write]:
+        return self.clamp.writes(shape)
+
+    def active(self, sequences: float) -> bool:
+        return self.start <= sequences and (self.until is None or sequences < self.until)
+
+
+def active(clamps: Sequence[Clamp], sequences: float) -> tuple[Clamp, ...]:
+    """The clamps that hold at that many sequences seen, without their windows."""
+    return tuple(c.clamp if isinstance(c, During) else c for c in clamps
+                 if not isinstance(c, During) or c.active(sequences))
+
+
+def edges(clamps: Sequence[Clamp]) -> list[int]:
+    """The numbers of sequences seen at which a clamp goes on or off."""
+    windows = [c for c in clamps if isinstance(c, During)]
+    return sorted({e for c in windows for e in (c.start, c.until) if e})
+
+
+def check(clamps: Sequence[Clamp], shape: Shape) -> None:
+    """Raise ValueError where a clamp does not fit the network, or two write the same entry at some time in training."""
+    for clamp in clamps:
+        if not hasattr(clamp, "writes"):
+            raise ValueError(f"{clamp!r} is not a clamp; use one from ihbook.clamps, or give yours a method writes(shape)")
+    for at in [0, *edges(clamps)]:
+        _compose(active(clamps, at), shape)
+
+
+def _compose(clamps: Sequence[Clamp], shape: Shape) -> dict[Site, dict[str, list[Write]]]:
+    """One run's writes by site and manner; raises where two clamps write the same entry."""
+    grafts = [c for c in clamps if isinstance(c, Graft)]
+    if len(grafts) > 1:
+        raise ValueError(f"{grafts[0]} and {grafts[1]}: a network takes one graft; choose one")
+    sites: dict[Site, dict[str, list[Write]]] = defaultdict(lambda: defaultdict(list))
+    writers: dict[tuple[Site, str], list[tuple[Clamp, Write]]] = defaultdict(list)
+    for clamp in clamps:
+        for write in clamp.writes(shape):
+            site = write.name, write.layer
+            for other, earlier in writers[site, write.how] if write.how != "hold" else []:
+                both = write.where & earlier.where
+                if both.any():
+                    raise ValueError(f"{other} and {clamp} both {write.how} {_entry(site, both)}; drop one, or narrow its "
+                                     "heads, positions or window")
+            writers[site, write.how].append((clamp, write))
+            sites[site][write.how].append(write)
+    return sites
+
+
+def _entry(site: Site, where: Tensor) -> str:
+    """A few words for the first entry of `where`."""
+    name, layer = site
+    first = where.nonzero()[0].tolist() if where.ndim else []
+    head = f" of head {layer}.{first.pop(0)}" if KIND[name] in ("attention", "head") else (
+        f" of layer {layer}" if layer is not None else "")
+    return f"{name}{head}" + (f" at position {', key position '.join(map(str, first))}" if first else "")
+
+
+def _set_anyway(site: Site, sites: dict[Site, dict[str, list[Write]]], like: Tensor) -> Tensor:
+    """The entries of a site that clamps set there or by what it is computed from: what is preserved gives way there."""
+    name, layer = site
+    taken = torch.zeros_like(like)
+    for write in sites[site]["set"] + sites[site]["hold"] if site in sites else []:
+        taken |= write.where
+    if name in ("q", "k", "attn_scores", "pattern") and ("qk_input", layer) in sites:
+        taken |= True
+    if name == "pattern" and ("attn_scores", layer) in sites:
+        by_score = sites["attn_scores", layer]
+        for write in by_score["set"] + by_score["scale"]:
+            taken |= write.where.any(-1, keepdim=True)
+    return taken
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The clamps of a family of runs at one time in training, as overrides with a run axis."""
+
+    overrides: dict[Site, Override] = field(default_factory=dict)
+    donor: Params | None = None
+    frozen: dict[str, Tensor] = field(default_factory=dict)  # weight name -> bool [run, 1, …]: the donor's
+
+    def __call__(self, params: Params, batch: Batch, config: ModelConfig, *, query_only: bool = False) -> Activations:
+        """A forward pass under these clamps."""
+        if self.frozen:
+            params = params | {name: torch.where(mask, self.donor[name], params[name]) for name, mask in self.frozen.items()}
+        return forward(params, batch, config, self.overrides, query_only=query_only, donor=self.donor)
+
+
+def plan(clamps: Sequence[Sequence[Clamp]], config: ModelConfig, n_pairs: int, *, dtype: torch.dtype = torch.float32,
+         device: str | torch.device = "cpu") -> Plan:
+    """Compile each run's clamps (no windows: see `active`) into one plan for the family.
+
+    Raises ValueError where a clamp does not fit the network or two of a run's clamps write the same entry.
+    """
+    shape = Shape(config.n_layers, config.n_heads, n_pairs)
+    families = [_compose(run, shape) for run in clamps]
+    overrides = {}
+    for site in dict.fromkeys(site for sites in families for site in sites):
+        overrides[site] = _override(site, families, shape, dtype, device)
+    donors, donor, frozen = [next((c for c in run if isinstance(c, Graft)), None) for run in clamps], None, {}
+    if any(donors):
+        filler = next(graft for graft in donors if graft)
+        donor = {name: p.to(dtype) for name, p in stack([(g or filler).donor for g in donors], device).items()}
+        if filler.donor.config != config:
+            raise ValueError(f"{filler}: the donor is {filler.donor.config}, the network {config}; graft like on like")
+        for name in donor:
+            mask = torch.tensor([g is not None and g.part == "above" and _after(name, g.after_layer) for g in donors])
+            if mask.any():
+                frozen[name] = mask.to(device).view(-1, *[1] * (donor[name].ndim - 1))
+    return Plan(overrides, donor, frozen)
+
+
+def _after(name: str, layer: int) -> bool:
+    """Whether a weight belongs to what follows layer `layer`."""
+    first, _, rest = name.partition(".")
+    return int(rest.split(".")[0]) > layer if first == "layers" else first in ("final_norm", "unembed")
+
+
+def _override(site: Site, families: list, shape: Shape, dtype: torch.dtype, device: str | torch.device) -> Override:
+    """The writes of all runs at one site, stacked. A run that writes nothing there has an empty mask."""
+    name, _ = site
+    nothing = shape.zeros(name)
+    n_runs = len(families)
+    where = nothing.expand(n_runs, *nothing.shape).clone()
+    scale = torch.ones(n_runs, *nothing.shape, dtype=dtype)
+    terms: dict[Source | None, Tensor] = {}
+    for run, sites in enumerate(families):
+        writes = sites.get(site, {})
+        for write in writes.get("scale", []):
+            scale[run][write.where] = write.terms[0][0]
+        for write in writes.get("set", []) + writes.get("keep", []):
+            mask = write.where & ~_set_anyway(site, sites, nothing) if write.how == "keep" else write.where
+            where[run] |= mask
+            for coefficient, source in write.terms:
+                total = terms.setdefault(source, torch.zeros(n_runs, *nothing.shape, dtype=dtype))
+                total[run] += torch.as_tensor(coefficient, dtype=dtype) * mask
+
+    def inside(x: Tensor) -> Tensor:
+        """Axes for the features and the batch: [run, head, q, k, 1], [run, head, 1, pos, 1], [run, 1, pos, 1], [run, 1, 1]."""
+        x = {"attention": x, "head": x.unsqueeze(-2), "stream": x.unsqueeze(-2), "logits": x.unsqueeze(-1)}[KIND[name]]
+        return x.unsqueeze(-1).to(device)
+
+    constant = terms.pop(None, None)
+    every = [(inside(coefficient), source) for source, coefficient in terms.items()]
+    if constant is not None and constant.any():
+        every.append((inside(constant), None))
+    return Override(inside(where) if where.any() else None, tuple(every), inside(scale) if (scale != 1).any() else None)
+
+
+def run(weights: Weights, batch: Batch, clamps: Sequence[Clamp] = (), *, query_only: bool = False) -> Activations:
+    """One network's activations on a batch of one run, under `clamps`. Without windows; gradients are on as usual."""
+    n_pairs = batch.labels.shape[2] - 1
+    check(clamps, Shape(weights.config.n_layers, weights.config.n_heads, n_pairs))
+    family = plan([active(clamps, float("inf"))], weights.config, n_pairs, dtype=weights.tensors["unembed.bias"].dtype)
+    return family(stack([weights]), batch, weights.config, query_only=query_only)

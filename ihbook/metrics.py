@@ -1,0 +1,120 @@
+"""What is measured: losses, induction strength, previous-token attention, the time of the phase change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ihbook import clamps as clamping
+from ihbook.config import ModelConfig
+from ihbook.data import Batch
+from ihbook.model import Params, Weights, stack
+
+LN2 = math.log(2)  # the loss of knowing which two labels are in context, but not which is right
+THRESHOLD = 0.4 * LN2  # the paper's sign of the phase change, in nats
+
+
+def query_metrics(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Each sequence's metrics at the query, `[run, batch]`, from `logits` `[run, batch, label]`.
+
+    loss (nats), accuracy, probability of the right label; the same three with the labels not in context masked out
+    (`in_context_…`); and `context_probability`, all that is given to labels in context (§1).
+    """
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, batch.labels[:, :, :-1], True)
+    target = batch.targets.unsqueeze(2)
+    result = {}
+    for prefix, masked in (("", logits), ("in_context_", logits.masked_fill(~seen, -math.inf))):
+        log_p = masked.log_softmax(2).gather(2, target).squeeze(2)
+        result[prefix + "loss"] = -log_p
+        result[prefix + "accuracy"] = (masked.argmax(2) == batch.targets).to(logits.dtype)
+        result[prefix + "probability"] = log_p.exp()
+    result["context_probability"] = (logits.softmax(2) * seen).sum(2)
+    return result
+
+
+def induction_strength(pattern: Tensor, batch: Batch) -> Tensor:
+    """Attention from the query to the right label tokens, less that to the wrong ones: `[run, batch, head]`.
+
+    `pattern` `[run, batch, head, q_pos, k_pos]`, whose last row is the query's. Figure 3b is its mean over sequences.
+    """
+    sign = torch.where(batch.in_context, 1.0, -1.0).to(pattern.dtype).unsqueeze(2)
+    return (pattern[:, :, :, -1, 1::2] * sign).sum(3)
+
+
+def previous_token_attention(pattern: Tensor) -> Tensor:
+    """Mean attention of label tokens to the token before them, `[run, batch, head]`. The pattern must have every row."""
+    n = pattern.shape[-1]
+    labels = torch.arange(1, n, 2, device=pattern.device)
+    return pattern[..., labels, labels - 1].mean(-1)
+
+
+@torch.no_grad()
+def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: clamping.Plan, *, heads: bool = False,
+             chunk: int = 4096) -> dict[str, Tensor]:
+    """Means over a batch's sequences of `query_metrics`, `[run]`, under `plan`, `chunk` sequences at a time.
+
+    With `heads`, also `strength` `[run, layer, head]`, and `previous_token` `[run, layer, head]` of all layers but the
+    last (NaN there).
+    """
+    totals: dict[str, Tensor] = {}
+    for part in batch.split(chunk):
+        acts = plan(params, part, config, query_only=True)
+        values = query_metrics(acts.logits, part)
+        if heads:
+            patterns = [acts["pattern", i] for i in range(config.n_layers)]
+            values["strength"] = torch.stack([induction_strength(p, part) for p in patterns], 2)
+            previous = [previous_token_attention(p) for p in patterns[:-1]]
+            values["previous_token"] = torch.stack([*previous, torch.full_like(values["strength"][:, :, 0], math.nan)], 2)
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0) + value.sum(1, dtype=torch.float64)
+    return {name: total / len(batch) for name, total in totals.items()}
+
+
+def measure(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence[Sequence] = ((),), *,
+            heads: bool = False, chunk: int = 4096) -> dict[str, Tensor]:
+    """`evaluate` for finished networks: one network under each list of clamps, or each network under its own.
+
+    `batch` is of one run and serves all. Raises ValueError where the numbers of networks and clamps do not match.
+    """
+    networks = [weights] * len(clamps) if isinstance(weights, Weights) else list(weights)
+    lists = list(clamps) * len(networks) if len(clamps) == 1 else list(clamps)
+    if len(networks) != len(lists):
+        raise ValueError(f"{len(networks)} networks and {len(lists)} lists of clamps; give one list each, or one for all")
+    config, n_pairs = networks[0].config, batch.labels.shape[2] - 1
+    shape = clamping.Shape(config.n_layers, config.n_heads, n_pairs)
+    for each in lists:
+        clamping.check(each, shape)
+    plan = clamping.plan([clamping.active(each, math.inf) for each in lists], config, n_pairs,
+                         dtype=networks[0].tensors["unembed.bias"].dtype)
+    return evaluate(stack(networks), batch.expand(len(networks)), config, plan, heads=heads,
+                    chunk=max(1, chunk // len(networks)))
+
+
+def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[int, int], ...]:
+    """All heads of a layer but those in `keep`."""
+    kept = {keep} if isinstance(keep, int) else set(keep)
+    return tuple((layer, head) for head in range(n_heads) if head not in kept)
+
+
+def phase_change(curve: pd.DataFrame, threshold: float = THRESHOLD, *, eval_set: str = "train") -> float:
+    """Sequences seen when the loss first falls below `threshold` (nats), interpolated linearly; NaN if it never does.
+
+    `curve` is one run's metrics table: columns sequences, eval_set, metric, value.
+    """
+    rows = curve[(curve["eval_set"] == eval_set) & (curve["metric"] == "loss")].sort_values("sequences")
+    x, y = rows["sequences"].to_numpy(float), rows["value"].to_numpy(float)
+    below = (y < threshold).nonzero()[0]
+    if not len(below):
+        return math.nan
+    i = below[0]
+    return x[0] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - threshold) / (y[i - 1] - y[i])
+
+
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """The training loss of each run, `[run]`, nats: the mean over its batch of cross-entropy at the query."""
+    return F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none").mean(1)

@@ -1,0 +1,64 @@
+"""What the tests share: the golden numbers, the shared folder where there is one, small banks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ihbook.banks import Bank
+from ihbook.config import ModelConfig
+from ihbook.data import from_exemplars
+from ihbook.model import Weights
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def shared(path: str) -> Path:
+    """A file of the folder of full reference data that may stand beside the checkout; the test skips where it does not."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"the full reference data ({path}) is not beside this checkout; tests/data holds a compact copy")
+    return SHARED / path
+
+
+def tensors(numbers, prefix: str) -> dict[str, torch.Tensor]:
+    return {name[len(prefix):]: torch.tensor(numbers[name]) for name in numbers if name.startswith(prefix)}
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return read_npz(DATA / "golden.npz")
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The authors' trained network, the exemplars it was trained on, and what they measured on it."""
+    numbers = read_npz(DATA / "reference.npz")
+    return {"weights": Weights(ModelConfig(), tensors(numbers, "weights/")), "features": torch.tensor(numbers["features"]),
+            "measured": json.loads(str(numbers["measured"]))}
+
+
+@pytest.fixture(scope="session")
+def networks(golden):
+    """The golden network and the golden donor."""
+    return tuple(Weights(ModelConfig(), tensors(golden, prefix)) for prefix in ("params/", "donor_params/"))
+
+
+@pytest.fixture(scope="session")
+def batch(golden):
+    return from_exemplars(torch.tensor(golden["batch/exemplars"]), torch.tensor(golden["batch/labels"]))
+
+
+@pytest.fixture(scope="session")
+def small_bank():
+    """40 classes of 3 exemplars in 16 dims, plainly separable: quick to learn from."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, 1, 16, generator=generator)
+    return Bank(centres + 0.1 * torch.randn(40, 3, 16, generator=generator), None, {"name": "small"})

@@ -1,0 +1,527 @@
+"""Exemplar banks: what they promise about determinism, statistics, damaged sources and downloads."""
+
+import hashlib
+import http.server
+import io
+import json
+import socket
+import sys
+import threading
+import time
+import types
+import warnings
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ihbook import banks
+from ihbook.banks import load_bank
+from ihbook.config import BankConfig
+from ihbook.glyphs import draw_glyphs
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip(f"the data shared between sessions is not at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache for each test; nothing may leave this machine."""
+    monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("OMNIGLOT_URL", "AUTHORS_URL"):
+        monkeypatch.setattr(banks, name, "http://127.0.0.1:1/")  # a port where nobody listens
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def no_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+
+
+def similarity(features):
+    """Mean cosine of two exemplars of one class and of two classes, and 20-way one-shot accuracy."""
+    n, k = features.shape[:2]
+    unit = torch.nn.functional.normalize(features, dim=-1).flatten(0, 1)
+    cosine = (unit @ unit.T).view(n, k, n, k).transpose(1, 2)
+    same, other = torch.eye(n, dtype=torch.bool), ~torch.eye(k, dtype=torch.bool)
+    match = cosine[:, :, 1, 0]  # a second exemplar of each class against the first one of each
+    generator = torch.Generator().manual_seed(0)
+    ways = torch.stack([torch.randperm(n, generator=generator)[:20] for _ in range(300)])
+    hits = match[ways[:, :, None], ways[:, None]].argmax(-1) == torch.arange(20)
+    return cosine[same][:, other].mean().item(), cosine[~same].mean().item(), hits.float().mean().item()
+
+
+# --- generated banks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["glyphs", "gaussian"])
+def test_a_larger_generated_bank_extends_a_smaller_one_bit_for_bit(name):
+    small = load_bank(BankConfig(name, n_classes=70, n_exemplars=2, dim=96))
+    large = load_bank(BankConfig(name, n_classes=150, n_exemplars=3, dim=96))
+    assert (large.n_classes, large.n_exemplars, large.dim) == (150, 3, 96)
+    assert large.features.dtype == torch.float32
+    assert torch.equal(large.features[:70, :2], small.features)
+    assert small.digest != large.digest
+    if name == "glyphs":
+        assert torch.equal(large.images[:70, :2], small.images)
+
+
+@pytest.mark.parametrize("name", ["glyphs", "gaussian", "onehot"])
+def test_generated_banks_are_values_of_their_config(name):
+    config = BankConfig(name, n_classes=30, n_exemplars=2)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = load_bank(config)
+    assert torch.equal(torch.get_rng_state(), torch_state) and np.array_equal(np.random.get_state()[1], numpy_state)
+    assert load_bank(config).digest == first.digest
+    other = load_bank(BankConfig(name, n_classes=30, n_exemplars=2, seed=1))
+    assert (other.digest == first.digest) == (name == "onehot")
+    json.dumps(first.metadata)
+    assert first.metadata["name"] == name
+
+
+def test_glyphs_do_not_depend_on_the_thread_count():
+    threads = torch.get_num_threads()
+    config = BankConfig(n_classes=40, n_exemplars=2)
+    digests = set()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            digests.add(load_bank(config).digest)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(digests) == 1
+
+
+def test_glyphs_look_like_ink_on_paper():
+    images = draw_glyphs(400, 5)
+    assert images.shape == (400, 5, 28, 28) and images.dtype == torch.uint8
+    ink = images.float().mean((2, 3)) / 255
+    assert 0.01 < ink.min() and ink.max() < 0.3 and 0.05 < ink.mean() < 0.10  # Omniglot: 0.084
+    assert (images.flatten(2).amax(-1) > 200).all()
+    assert len(torch.unique(images.flatten(0, 1).flatten(1), dim=0)) == 2000
+    grey = (images > 0) & (images < 255)
+    assert grey.float().mean() > 0.05  # anti-aliased
+
+
+def test_glyphs_are_recognisable_from_one_exemplar():
+    bank = load_bank(BankConfig(n_classes=300))
+    within, between, accuracy = similarity(bank.features)
+    assert within > between + 0.15
+    assert 0.3 < accuracy < 0.9  # chance is 0.05; no two hands are alike
+    assert bank.features.isfinite().all() and bank.features.min() == 0
+
+
+def test_glyph_features_are_on_the_scale_of_omniglot_features(shared):
+    real = load_bank(BankConfig("authors", path=str(shared / "omniglot_relu.h5"))).features
+    drawn = load_bank(BankConfig(n_classes=242)).features
+    for statistic in (torch.mean, torch.std, lambda x: x.norm(dim=-1).mean()):
+        assert statistic(drawn).item() == pytest.approx(statistic(real).item(), rel=0.1)
+    for ours, theirs in zip(similarity(drawn), similarity(real), strict=True):
+        assert ours == pytest.approx(theirs, abs=0.12)
+
+
+def test_gaussian_and_onehot():
+    gaussian = load_bank(BankConfig("gaussian", n_classes=100, dim=256))
+    within, between, accuracy = similarity(gaussian.features)
+    assert within == pytest.approx(1 / (1 + 0.25**2), abs=0.01) and abs(between) < 0.01 and accuracy == 1
+    assert gaussian.features.std().item() == pytest.approx(1, abs=0.02) and gaussian.images is None
+    onehot = load_bank(BankConfig("onehot", n_classes=7, n_exemplars=2, dim=512))
+    assert onehot.features.shape == (7, 2, 7)
+    assert torch.equal(onehot.features[:, 1], torch.eye(7))
+
+
+def test_what_a_bank_cannot_use_is_refused():
+    with pytest.raises(ValueError, match="embedding='resnet18'.*'auto', 'random'"):
+        load_bank(BankConfig("glyphs", embedding="resnet18"))
+    with pytest.raises(ValueError, match="embedding='random'.*'auto'"):
+        load_bank(BankConfig("onehot", embedding="random"))
+    with pytest.raises(ValueError, match="path='some.h5'.*drop path"):
+        load_bank(BankConfig("glyphs", path="some.h5"))
+
+
+# --- the authors' file -----------------------------------------------------------------------------------------------
+
+
+def h5_bytes(features, name=banks.AUTHORS_DATASET):
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        file[name] = features
+    return buffer.getvalue()
+
+
+def features(shape=(6, 3, 512), dtype=np.float32):
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+def authors(path, **kwargs):
+    return load_bank(BankConfig("authors", path=str(path), **{"n_exemplars": 2, **kwargs}))
+
+
+def test_authors_file_is_read_in_its_own_order(tmp_path):
+    values, path = features(), tmp_path / "bank.h5"
+    path.write_bytes(h5_bytes(values))
+    bank = authors(path)
+    assert np.array_equal(bank.features.numpy(), values[:, :2]) and bank.images is None
+    assert bank.metadata["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert np.array_equal(authors(path, n_classes=4, n_exemplars=3).features.numpy(), values[:4])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (h5_bytes(features(), "resnet18/224/labels"), "no dataset 'resnet18/224/feat'.*'resnet18/224/labels'"),
+        (h5_bytes(features(), "resnet18/224/feat/x"), "no dataset 'resnet18/224/feat'.*'resnet18/224/feat/x'"),
+        (h5_bytes(features((6, 512))), r"float32 \[6, 512\], not float32 \[class, exemplar, dim\]"),
+        (h5_bytes(features((0, 3, 512))), r"float32 \[0, 3, 512\]"),
+        (h5_bytes(features(dtype=np.float64)), "float64"),
+        (h5_bytes(features((6, 3, 64))), "dim 64, not dim=512; set dim"),
+        (h5_bytes(features((6, 1, 512))), "n_exemplars=2 but .* has 1; ask for fewer"),
+        (h5_bytes(np.where(features() > 3, np.nan, features())), r"NaN or infinite features, the first at \["),
+        (h5_bytes(np.where(features() > 3, np.float32(np.inf), features())), "NaN or infinite"),
+        (h5_bytes(np.ones((6, 3, 512), np.float32)), "zero variance"),
+        (b"PK\3\4 is no HDF5", "not a whole HDF5 file.*path=None"),
+        (b"", "not a whole HDF5 file"),
+    ],
+)
+def test_unusable_authors_files_are_named_with_their_remedy(tmp_path, content, message):
+    path = tmp_path / "bank.h5"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        authors(path)
+
+
+def test_truncated_or_damaged_h5_is_refused_or_read_whole(tmp_path):
+    whole, path = h5_bytes(features()), tmp_path / "bank.h5"
+    for length in np.linspace(1, len(whole) - 1, 40).astype(int):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="bank.h5 is not a whole HDF5 file"):
+            authors(path)
+    refused = 0
+    for position in range(0, 800, 16):  # the part that is not numbers
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            authors(path)
+        except ValueError:
+            refused += 1
+    assert refused > 5
+
+
+def test_missing_authors_file(tmp_path):
+    for path in (tmp_path / "nowhere.h5", tmp_path):
+        with pytest.raises(FileNotFoundError, match="is not a file; .*path=None"):
+            authors(path)
+
+
+# --- Omniglot --------------------------------------------------------------------------------------------------------
+
+
+def png(seed, size=105):
+    """A page with a few thick dark lines."""
+    rng = np.random.default_rng(seed)
+    page = np.full((size, size), 255, np.uint8)
+    for at in rng.integers(10, size - 14, 3):
+        page[at : at + 4, 20:-20] = 0
+        page[20:-20, -at : 4 - at] = 0
+    buffer = io.BytesIO()
+    Image.fromarray(page).convert("1").save(buffer, "png")
+    return buffer.getvalue()
+
+
+def omniglot_zip(path, characters, drawers=3, page=png):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("__MACOSX/x/A/c1/._0001_01.png", b"not an image")
+        for i, character in enumerate(characters):
+            for drawer in range(1, drawers + 1):
+                archive.writestr(f"{path.stem}/{character}/{i:04d}_{drawer:02d}.png", page(hash((i, drawer)) % 997))
+    return path
+
+
+NAMES = [f"{alphabet}/character{n:02d}" for alphabet in ("Aa", "Bb") for n in (1, 2, 3)]
+
+
+def omniglot(path, embedding="random", n_exemplars=2, **kwargs):
+    path = None if path is None else str(path)
+    return load_bank(BankConfig("omniglot", path, n_exemplars=n_exemplars, embedding=embedding, **kwargs))
+
+
+def test_omniglot_is_the_same_from_a_zip_a_folder_of_zips_and_extracted_images(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = omniglot_zip(folder / "images_background.zip", NAMES)
+    bank = omniglot(path)
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "extracted")
+    assert omniglot(folder).digest == omniglot(tmp_path / "extracted").digest == bank.digest
+    assert (bank.n_classes, bank.n_exemplars, bank.dim) == (6, 2, 512)
+    assert bank.images.shape == (6, 2, 28, 28) and bank.images.dtype == torch.uint8
+    assert bank.images.max() > 200 and bank.images.float().mean() < 80  # dark ink became light on black
+    assert sorted(bank.metadata["classes"]) == NAMES
+    assert bank.metadata["archives_sha256"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    json.dumps(bank.metadata)
+
+
+def test_omniglot_order_is_a_matter_of_the_seed_and_duplicates_count_once(tmp_path):
+    omniglot_zip(tmp_path / "images_background_small1.zip", NAMES)
+    omniglot_zip(tmp_path / "images_background_small2.zip", NAMES[3:] + ["Cc/character01"])
+    first, again, other = (omniglot(tmp_path, seed=seed) for seed in (0, 0, 1))
+    assert sorted(first.metadata["classes"]) == [*NAMES, "Cc/character01"]
+    assert first.digest == again.digest and first.metadata["classes"] != other.metadata["classes"]
+    few = omniglot(tmp_path, n_classes=3)
+    assert few.metadata["classes"] == first.metadata["classes"][:3]
+    assert torch.equal(few.images, first.images[:3])
+
+
+def test_real_omniglot(shared):
+    bank = omniglot(shared, n_exemplars=5)
+    assert bank.features.shape == (242, 5, 512) and len(set(bank.metadata["classes"])) == 242
+    real = load_bank(BankConfig("authors", path=str(shared / "omniglot_relu.h5"))).features
+    for statistic in (torch.mean, torch.std, lambda x: x.norm(dim=-1).mean()):
+        assert statistic(bank.features).item() == pytest.approx(statistic(real).item(), rel=0.1)
+    for ours, theirs in zip(similarity(bank.features), similarity(real), strict=True):
+        assert ours == pytest.approx(theirs, abs=0.03)
+
+
+def test_unusable_omniglot_sources_are_named_with_their_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist; give images_background.zip"):
+        omniglot(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no alphabet/character/NNNN_EE.png in .*; give"):
+        omniglot(tmp_path)
+    empty = omniglot_zip(tmp_path / "empty.zip", [])
+    with pytest.raises(ValueError, match="no alphabet/character/NNNN_EE.png in .*empty.zip"):
+        omniglot(empty)
+    path = omniglot_zip(tmp_path / "images.zip", NAMES)
+    with pytest.raises(ValueError, match=r"n_exemplars=4 but (Aa|Bb)/character0\d has 3; ask for fewer"):
+        omniglot(path, n_exemplars=4)
+    small = omniglot_zip(tmp_path / "small.zip", NAMES, page=lambda seed: png(seed, 60))
+    with pytest.raises(ValueError, match=r"drawer 1 is \(60, 60\), not 105x105"):
+        omniglot(small)
+    blank = omniglot_zip(tmp_path / "blank.zip", NAMES, page=lambda seed: png(1))
+    with pytest.raises(ValueError, match="blank.zip.* zero variance"):
+        omniglot(blank)
+    broken = omniglot_zip(tmp_path / "broken.zip", NAMES, page=lambda seed: png(seed)[:80])
+    with pytest.raises(ValueError, match="by drawer 1 is damaged.*give"):
+        omniglot(broken)
+
+
+def test_truncated_or_damaged_zips_are_refused_or_read_whole(tmp_path):
+    whole = omniglot_zip(tmp_path / "images.zip", NAMES).read_bytes()
+    good, path = omniglot(tmp_path / "images.zip").digest, tmp_path / "damaged.zip"
+    for length in np.linspace(0, len(whole) - 1, 20).astype(int):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="damaged.zip is not a whole zip file.*give"):
+            omniglot(path)
+    refused = 0
+    contents = whole.index(b"PK\1\2")  # the directory after them holds names, which no checksum covers
+    for position in range(0, contents, contents // 60):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            assert omniglot(path).digest == good
+        except ValueError as error:
+            refused += 1
+            assert "is damaged" in str(error) and "give images_background.zip" in str(error)
+    assert refused > 15
+
+
+# --- ResNet-18 -------------------------------------------------------------------------------------------------------
+
+
+class Pooling(torch.nn.Module):
+    """Stands in for torchvision's ResNet-18: 512 pooled pixels where that has 512 activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(512, 1000)
+
+    def forward(self, x):
+        assert x.shape[1:] == (3, 224, 224) and not self.training
+        self.seen = x
+        return self.fc(torch.nn.functional.adaptive_avg_pool2d(x, (16, 32))[:, 0].flatten(1))
+
+
+@pytest.fixture
+def fake_torchvision(monkeypatch):
+    models = types.ModuleType("torchvision.models")
+    models.ResNet18_Weights = types.SimpleNamespace(IMAGENET1K_V1="imagenet")
+    models.made = []
+
+    def resnet18(weights):
+        assert weights == "imagenet"
+        models.made.append(Pooling())
+        return models.made[-1]
+
+    models.resnet18 = resnet18
+    package = types.ModuleType("torchvision")
+    package.models = models
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+    return models
+
+
+@pytest.mark.parametrize("embedding", ["auto", "resnet18"])
+def test_resnet18_features_are_made_once(tmp_path, cache, fake_torchvision, embedding):
+    path = omniglot_zip(tmp_path / "images.zip", NAMES)
+    state = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bank = omniglot(path, embedding)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert bank.features.shape == (6, 2, 512) and bank.metadata["embedding"].startswith("resnet18")
+    white = torch.tensor([(1 - m) / s for m, s in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))])
+    torch.testing.assert_close(fake_torchvision.made[0].seen[0, :, 0, 0], white)
+    assert bank.features[0, 0, 0].item() == pytest.approx(white[0].item(), rel=1e-5)
+    assert omniglot(path, embedding).digest == bank.digest and len(fake_torchvision.made) == 1
+
+    (cached,) = cache.iterdir()
+    content = bytearray(cached.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    cached.write_bytes(content)
+    assert omniglot(path, embedding).digest == bank.digest and len(fake_torchvision.made) == 2
+    cached.write_bytes(content[:100])
+    assert omniglot(path, embedding).digest == bank.digest and len(fake_torchvision.made) == 3
+    assert omniglot(path, embedding, seed=1).digest != bank.digest
+
+
+def test_resnet18_that_cannot_be_kept_is_still_used(tmp_path, cache, fake_torchvision):
+    cache.write_text("a file where the folder should be")
+    path = omniglot_zip(tmp_path / "images.zip", NAMES)
+    with pytest.warns(UserWarning, match="can't be kept.*IHBOOK_CACHE"):
+        assert omniglot(path, "resnet18").metadata["embedding"].startswith("resnet18")
+
+
+def test_without_torchvision_auto_warns_once_and_resnet18_says_the_remedy(tmp_path, no_torchvision):
+    path = omniglot_zip(tmp_path / "images.zip", NAMES)
+    with pytest.warns(UserWarning, match="random features, not ResNet-18's: torchvision.*can't be had") as caught:
+        bank = omniglot(path, "auto")
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert bank.metadata["embedding"].startswith("random") and "torchvision" in bank.metadata["why"]
+    assert bank.digest == omniglot(path, "random").digest
+    with pytest.raises(RuntimeError, match="pip install torchvision.*or choose embedding='random'"):
+        omniglot(path, "resnet18")
+
+
+def test_resnet18_has_512_dimensions(tmp_path, fake_torchvision):
+    path = omniglot_zip(tmp_path / "images.zip", NAMES)
+    with pytest.raises(ValueError, match="dim=64 but ResNet-18 has 512; set dim=512"):
+        omniglot(path, "resnet18", dim=64)
+
+
+def test_weights_out_of_reach_are_like_no_torchvision(tmp_path, fake_torchvision, monkeypatch):
+    def resnet18(weights):
+        socket.create_connection(("127.0.0.1", 1))
+
+    monkeypatch.setattr(fake_torchvision, "resnet18", resnet18)
+    patience = socket.getdefaulttimeout()
+    with pytest.raises(RuntimeError, match="ConnectionRefusedError.*embedding='random'"):
+        omniglot(omniglot_zip(tmp_path / "images.zip", NAMES), "resnet18")
+    assert socket.getdefaulttimeout() == patience
+
+
+# --- downloads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server on this machine in the place of GitHub; `requests` lists what was asked of it."""
+    root = tmp_path / "served"
+    root.mkdir()
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(root))
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        for name in ("OMNIGLOT_URL", "AUTHORS_URL"):
+            monkeypatch.setattr(banks, name, f"http://127.0.0.1:{httpd.server_port}/")
+        yield types.SimpleNamespace(root=root, asked=asked)
+        httpd.shutdown()
+
+
+def blob_id(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def test_authors_file_is_downloaded_once_and_verified_each_time(server, cache, monkeypatch):
+    content = h5_bytes(features((8, 2, 512)))
+    (server.root / banks.AUTHORS_FILE).write_bytes(content)
+    monkeypatch.setattr(banks, "AUTHORS_BLOB", blob_id(content))
+    config = BankConfig("authors", n_exemplars=2)
+    bank = load_bank(config)
+    assert bank.n_classes == 8 and len(server.asked) == 1
+    assert load_bank(config).digest == bank.digest and len(server.asked) == 1
+    cached = cache / banks.AUTHORS_FILE
+    assert list(cache.iterdir()) == [cached]
+    cached.write_bytes(content[:-1] + b"x")
+    assert load_bank(config).digest == bank.digest and len(server.asked) == 2
+    assert cached.read_bytes() == content
+
+
+def test_wrong_bytes_for_the_authors_file_leave_nothing_behind(server, cache):
+    (server.root / banks.AUTHORS_FILE).write_bytes(h5_bytes(features()))
+    with pytest.raises(RuntimeError, match="not the expected file.*git blob id .* not 9eb588c5.*path="):
+        load_bank(BankConfig("authors"))
+    assert list(cache.iterdir()) == []
+
+
+def test_omniglot_archives_are_downloaded_once_and_verified_each_time(server, cache, monkeypatch):
+    config = BankConfig("omniglot", n_exemplars=2, embedding="random")
+    omniglot_zip(server.root / "images_background.zip", NAMES)
+    omniglot_zip(server.root / "images_evaluation.zip", ["Zz/character01"])
+    with pytest.raises(RuntimeError, match="images_background.zip is not the expected file.*path="):
+        load_bank(config)
+    assert list(cache.iterdir()) == []
+    md5 = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in sorted(server.root.iterdir())}
+    monkeypatch.setattr(banks, "OMNIGLOT_MD5", md5)
+    server.asked.clear()
+    bank = load_bank(config)
+    assert bank.n_classes == 7 and set(bank.metadata["archives_sha256"]) == set(md5) and len(server.asked) == 2
+    assert load_bank(config).digest == bank.digest and len(server.asked) == 2
+    (cache / "images_evaluation.zip").write_bytes(b"damaged")
+    assert load_bank(config).digest == bank.digest and len(server.asked) == 3
+
+
+@pytest.mark.parametrize("name", ["authors", "omniglot"])
+def test_no_network_is_said_within_seconds(name, cache, monkeypatch):
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="could not download http.*check the network.*IHBOOK_CACHE.*path="):
+        load_bank(BankConfig(name))
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call and never answers
+        for constant in ("OMNIGLOT_URL", "AUTHORS_URL"):
+            monkeypatch.setattr(banks, constant, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        monkeypatch.setattr(banks, "TIMEOUT", 0.5)
+        with pytest.raises(RuntimeError, match="could not download"):
+            load_bank(BankConfig(name))
+    assert time.monotonic() - began < 8
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_a_missing_page_and_an_unwritable_cache_are_errors(server, cache, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="could not download.*404"):
+        load_bank(BankConfig("authors"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RuntimeError, match="IHBOOK_CACHE"):
+        load_bank(BankConfig("authors"))
+
+
+def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("IHBOOK_CACHE")
+    assert "ihbook" in str(banks.cache_dir())
+    monkeypatch.setenv("IHBOOK_CACHE", "/elsewhere")
+    assert banks.cache_dir() == Path("/elsewhere")

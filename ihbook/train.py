@@ -13,11 +13,12 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
+import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -187,7 +188,8 @@ def _train_family(family: list[_Prepared], directory: Path | None, device: str |
             state.step += 1
             bar.update(len(state.alive))
             if state.step % 200 == 0:
-                bar.set_postfix_str(f"loss {losses.min():.3f} to {losses.max():.3f}", refresh=False)
+                low, high = f"{losses.min():.3f}", f"{losses.max():.3f}"
+                bar.set_postfix_str(f"loss {low}" + (f" to {high}" if len(losses) > 1 else ""), refresh=False)
         if path:
             _save(path, state, optimiser)
     if state.step < last:
@@ -333,7 +335,8 @@ def _save(path: Path, state: _State, optimiser: torch.optim.Optimizer) -> None:
                   metadata={"state": json.dumps(book)})
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise OSError(f"can't save the training state to {path} ({error}); free space there, make it writable, or choose "
                       "another directory") from error
 
@@ -347,13 +350,14 @@ def _load(path: Path, family: list[_Prepared], device: str | torch.device) -> _S
             book = json.loads(file.metadata()["state"])
             parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
             saved: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118, not a dict
                 part, name = key.split("/", 1)
                 if part == "saved":
                     run, seen, name = name.split("/", 2)
                     saved[int(run), int(seen)][name] = file.get_tensor(key)
                 else:
-                    parts[part][name] = file.get_tensor(key).to(device)
+                    # A copy lies where tensors lie: kernels may round otherwise at another alignment.
+                    parts[part][name] = file.get_tensor(key).clone().to(device)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         warnings.warn(f"the saved state {path} is damaged ({error}); training these runs anew", stacklevel=2)
         return None
@@ -377,6 +381,11 @@ def _stop_signals(wanted: bool) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def default_directory() -> Path:
+    """Where the book keeps its runs: the folder that IHBOOK_STORE names, or the platform's place for user data."""
+    return Path(os.environ.get("IHBOOK_STORE") or platformdirs.user_data_dir("ihbook"))
 
 
 def seeds(run: RunConfig, n: int) -> list[RunConfig]:

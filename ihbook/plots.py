@@ -1,0 +1,252 @@
+"""The book's figures: functions from tidy tables and tensors to a `Picture`, in one style.
+
+None opens a window. A head keeps its colour across the book (`head_colour`).
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from ihbook.metrics import LN2
+
+INK, MUTED = "#222222", "#6b6b6b"
+STYLE = {
+    **sns.axes_style("ticks"), **sns.plotting_context("notebook", font_scale=0.95),
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.labelcolor": INK,
+    "axes.titlelocation": "left", "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlepad": 9,
+    "text.color": INK, "xtick.color": "#555555", "ytick.color": "#555555", "lines.linewidth": 1.9,
+    "figure.constrained_layout.use": True, "figure.dpi": 110, "savefig.dpi": 160, "font.family": "DejaVu Sans",
+    "figure.facecolor": "white",  # so that a figure can be read on a dark page
+}
+_PALETTE = sns.color_palette("colorblind", 10).as_hex()
+_EVAL_SETS = {  # name -> (what a reader calls it, colour)
+    "train": ("training sequences", _PALETTE[0]),
+    "test_relabel": ("held-out label pairs", _PALETTE[1]),
+    "test_exemplars": ("held-out exemplars", _PALETTE[4]),
+    "test_classes": ("held-out classes", _PALETTE[2]),
+}
+
+
+class Picture(Figure):
+    """A matplotlib figure that shows itself in a notebook, at the width of its page, with words for who can't see it."""
+
+    alt = ""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+    def _repr_html_(self) -> str:
+        source = base64.b64encode(self._repr_png_()).decode()
+        return (f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{source}" '
+                f'style="width: {self.get_figwidth():.1f}in; max-width: 100%; height: auto">')
+
+
+def head_colour(head: int) -> str:
+    """The colour of head number `head`, in either layer; safe for colour-blind readers up to 10 heads."""
+    return _PALETTE[head % len(_PALETTE)]
+
+
+def _in_style(function: Callable[..., Picture]) -> Callable[..., Picture]:
+    @wraps(function)
+    def styled(*args, **kwargs) -> Picture:
+        with matplotlib.rc_context(STYLE):
+            return function(*args, **kwargs)
+
+    return styled
+
+
+def _image(axes: Axes, image: torch.Tensor, *, frame: str | None = None) -> None:
+    """A character, dark ink on white."""
+    axes.imshow(255 - image.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(visible=True, color=frame or "#dddddd", linewidth=2.0 if frame else 0.8)
+
+
+def _millions(axes: Axes, last: float) -> None:
+    """Sequences seen along x, in units that a reader can say."""
+    axes.set_xlim(0, last)
+    axes.set_xlabel("sequences seen")
+    axes.xaxis.set_major_formatter(lambda x, _: "0" if x == 0 else f"{x / 1e6:g} M" if last >= 5e5 else f"{x / 1e3:g} k")
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, gap: float) -> None:
+    """Name lines at their right ends, (y, text, colour), moved apart where they would touch (`gap`, in y's own units)."""
+    placed: list[float] = []
+    log = axes.get_yscale() == "log"
+    for y, text, colour in sorted(ends):
+        y = math.log10(y) if log else y
+        y = max(y, placed[-1] + gap) if placed else y
+        placed.append(y)
+        axes.annotate(text, (x, 10**y if log else y), xytext=(6, 0), textcoords="offset points", color=colour, va="center",
+                      fontsize=9.5, annotation_clip=False)
+
+
+@_in_style
+def contact_sheet(images: torch.Tensor, n_classes: int = 12) -> Picture:
+    """Characters `[class, exemplar, 28, 28]`: a column a class, a row an exemplar. Exemplar 0 trains."""
+    n_exemplars = min(images.shape[1], 5)
+    figure = Picture(figsize=(8, 8 * n_exemplars / n_classes * 1.04))
+    grid = figure.subplots(n_exemplars, n_classes, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
+    for e, row in enumerate(np.atleast_2d(grid)):
+        for c, axes in enumerate(row):
+            _image(axes, images[c, e], frame=_PALETTE[0] if e == 0 else None)
+        row[0].set_ylabel("trains" if e == 0 else "held out", fontsize=8.5, color=_PALETTE[0] if e == 0 else MUTED)
+    figure.alt = f"{n_classes} characters in columns, each drawn {n_exemplars} times in slightly different hands."
+    return figure
+
+
+@_in_style
+def sequence(images: Sequence[torch.Tensor], labels: Sequence[int], *, answer: bool = True) -> Picture:
+    """One sequence as a reader sees it: characters and label tokens in order, and the query with its answer.
+
+    `images` are the pairs' characters and then the query's; `labels` theirs, the last being the answer.
+    """
+    n = 2 * len(images) - 1
+    figure = Picture(figsize=(min(8.0, 1.5 * n + 1.6), 2.15))
+    axes = figure.subplots()
+    axes.set(xlim=(-0.6, n + 0.75), ylim=(-1.0, 0.72), aspect="equal")
+    axes.axis("off")
+    for position in range(n):
+        if position % 2 == 0:
+            inset = axes.inset_axes((position - 0.4, -0.4, 0.8, 0.8), transform=axes.transData)
+            _image(inset, images[position // 2], frame=_PALETTE[3] if position == n - 1 else "#aaaaaa")
+            name = "query" if position == n - 1 else f"exemplar {position // 2 + 1}"
+        else:
+            axes.add_patch(FancyBboxPatch((position - 0.26, -0.26), 0.52, 0.52, boxstyle="round,pad=0.06", fc="#eef3f8",
+                                          ec=_PALETTE[0]))
+            axes.text(position, -0.01, str(labels[position // 2]), ha="center", va="center", fontsize=19, color=_PALETTE[0])
+            name = "its label"
+        axes.text(position, 0.6, str(position), ha="center", fontsize=8.5, color=MUTED)
+        axes.text(position, -0.7, name, ha="center", fontsize=9.5, color=INK)
+    axes.add_patch(FancyArrowPatch((n - 0.5, 0), (n - 0.02, 0), arrowstyle="-|>", mutation_scale=13, color=INK))
+    axes.text(n + 0.28, 0, str(labels[-1]) if answer else "?", ha="center", va="center", fontsize=23, color=_PALETTE[3],
+              weight="bold")
+    axes.text(n + 0.28, -0.7, "the answer", ha="center", fontsize=9.5)
+    pairs = ", ".join(f"a character with label {label}" for label in labels[:-1])
+    asked = f"The answer is {labels[-1]}." if answer else "What is the answer?"
+    figure.alt = f"A sequence: {pairs}, then the query, one of these characters again. {asked}"
+    return figure
+
+
+@_in_style
+def label_pairs(train: torch.Tensor, test: torch.Tensor, n_labels: int) -> Picture:
+    """Which unordered label pairs train and which are held out, as half a table."""
+    figure = Picture(figsize=(3.9, 3.3) if n_labels <= 6 else (5.4, 4.6))
+    axes = figure.subplots()
+    for pairs, colour in ((train, _PALETTE[0]), (test, _PALETTE[1])):
+        for low, high in pairs.tolist():
+            axes.add_patch(FancyBboxPatch((low - 0.4, high - 0.4), 0.8, 0.8, boxstyle="round,pad=0.02", fc=colour, ec="none"))
+    axes.set(xlim=(-0.6, n_labels - 1.4), ylim=(n_labels - 0.4, 0.4), aspect="equal", xlabel="one label", ylabel="the other",
+             xticks=range(n_labels - 1), yticks=range(1, n_labels))
+    axes.tick_params(length=0)
+    sns.despine(ax=axes, left=True, bottom=True)
+    for i, (name, pairs, colour) in enumerate((("train", train, _PALETTE[0]), ("held out", test, _PALETTE[1]))):
+        axes.text(1.0, 0.97 - 0.1 * i, f"{len(pairs)} pairs {name}", transform=axes.transAxes, ha="right", va="top",
+                  color=colour, fontsize=10.5)
+    figure.alt = f"Half a table of label pairs; held out are {', '.join(f'{a} with {b}' for a, b in test.tolist())}."
+    return figure
+
+
+@_in_style
+def similarities(groups: Mapping[str, torch.Tensor]) -> Picture:
+    """Distributions of cosine similarity, one for each named group of pairs of exemplars."""
+    figure = Picture(figsize=(7, 2.7))
+    axes = figure.subplots()
+    for (name, values), colour in zip(groups.items(), (_PALETTE[2], _PALETTE[3]), strict=False):
+        array = values.flatten().numpy()
+        if array.std() < 1e-6:  # one-hot classes: there is no density to draw
+            axes.axvline(array[0], color=colour)
+            peak = (array[0], axes.get_ylim()[1])
+        else:
+            sns.kdeplot(x=array, ax=axes, color=colour, fill=True, alpha=0.25, linewidth=1.8, cut=0)
+            peak = max(axes.collections[-1].get_paths()[0].vertices.tolist(), key=lambda point: point[1])
+        axes.annotate(f"{name}, mean {array.mean():.2f}", peak, xytext=(0, 4), textcoords="offset points",
+                      color=colour, ha="center", fontsize=9.5, weight="bold", annotation_clip=False)
+    axes.set(xlabel="cosine similarity of two exemplars' features", ylabel="density", yticks=[])
+    means = "; ".join(f"{name}, mean {values.mean():.2f}" for name, values in groups.items())
+    figure.alt = f"Densities of cosine similarity: {means}."
+    return figure
+
+
+def _curve(axes: Axes, table: pd.DataFrame, colour: str) -> pd.Series:
+    """Median over runs against sequences seen, with the band from lowest to highest; returns the median."""
+    wide = table.pivot_table(index="sequences", columns="run", values="value")
+    median = wide.median(axis=1)
+    axes.plot(median.index, median, color=colour)
+    if wide.shape[1] > 1:
+        axes.fill_between(wide.index, wide.min(axis=1), wide.max(axis=1), color=colour, alpha=0.18, lw=0)
+    return median
+
+
+@_in_style
+def loss_curves(table: pd.DataFrame, eval_sets: Sequence[str] = ("train", "test_relabel", "test_classes"), *,
+                published: Mapping[str, Sequence[tuple[float, float]]] | None = None) -> Picture:
+    """Loss against sequences seen, a line an evaluation set (Figure 3a): median over the column `run`, band its range.
+
+    `published` gives, for an evaluation set, points (sequences, loss) of the paper, drawn as open circles.
+    """
+    figure = Picture(figsize=(7.6, 3.9))
+    axes = figure.subplots()
+    losses = table[table["metric"] == "loss"]
+    last, ends = losses["sequences"].max(), []
+    for name in eval_sets:
+        words, colour = _EVAL_SETS[name]
+        median = _curve(axes, losses[losses["eval_set"] == name], colour)
+        ends.append((median.iloc[-1], words, colour))
+        for x, y in (published or {}).get(name, ()):
+            axes.plot(x, y, "o", mfc="white", mec=colour, ms=6.5, mew=1.6, clip_on=False, zorder=5)
+    axes.axhline(LN2, color=MUTED, ls=(0, (4, 3)), lw=1)
+    axes.text(last, LN2, "ln 2", color=MUTED, ha="right", va="bottom", fontsize=9.5)
+    top = max(1.0, min(2.4, losses["value"].max() * 1.04))
+    axes.set(ylim=(-0.02 * top, top), ylabel="loss at the query (nats)")
+    _millions(axes, last)
+    _label_ends(axes, ends, last, 0.062 * top)
+    if published:
+        axes.plot([], [], "o", mfc="white", mec=MUTED, ms=6.5, mew=1.6, label="published (authors' features)")
+        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.02), fontsize=9, labelcolor=MUTED)
+    figure.alt = (f"Loss against sequences seen, to {last:,}, with a dashed line at ln 2. At the end: "
+                  + ", ".join(f"{words} {value:.3f}" for value, words, _ in ends) + ".")
+    return figure
+
+
+@_in_style
+def head_strengths(heads: pd.DataFrame, final: Sequence[float], *, layer: int = 1) -> Picture:
+    """Induction strength of each head of a layer against sequences seen (Figure 3b), for one run.
+
+    `heads` has columns sequences, layer, head, strength (a sample of sequences); `final` the strengths at the end over
+    all training sequences, drawn as dots.
+    """
+    figure = Picture(figsize=(7.6, 3.9))
+    axes = figure.subplots()
+    table = heads[heads["layer"] == layer].pivot_table(index="sequences", columns="head", values="strength")
+    last = table.index.max()
+    for head in table.columns:
+        axes.plot(table.index, table[head], color=head_colour(head), lw=1.6)
+        axes.plot(last, final[head], "o", color=head_colour(head), ms=5.5, clip_on=False, zorder=5)
+    axes.axhline(0, color=MUTED, lw=0.8)
+    low, high = min(-0.05, table.min().min()), max(0.5, table.max().max())
+    axes.set(ylim=(low - 0.03, high + 0.06), ylabel="induction strength\n(attention to right − wrong label)")
+    _millions(axes, last)
+    _label_ends(axes, [(value, f"head {layer}.{head}", head_colour(head)) for head, value in enumerate(final)], last,
+                0.058 * (high - low))
+    figure.alt = (f"Induction strength of each head of layer {layer} against sequences seen, to {last:,}. At the end: "
+                  + ", ".join(f"head {layer}.{head} {value:.2f}" for head, value in enumerate(final)) + ".")
+    return figure

@@ -1,0 +1,288 @@
+"""Clamps: what they set, their gradient rule, how they compose, and what they refuse."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import clamps as golden_clamps
+
+from ihbook import clamps as c
+from ihbook.config import ModelConfig
+from ihbook.data import from_exemplars
+from ihbook.metrics import cross_entropy
+from ihbook.model import forward, initial_weights, stack
+
+SHAPE = c.Shape(n_layers=2, n_heads=8, n_pairs=2)
+TINY = ModelConfig(d_model=8, n_heads=2)
+
+
+def small_batch(n_pairs=2, n=6, dim=4, labels=None, dtype=torch.float32, n_labels=5):
+    generator = torch.Generator().manual_seed(1)
+    exemplars = torch.randn(n, n_pairs + 1, dim, generator=generator, dtype=dtype)
+    if labels is None:
+        pairs = torch.stack([torch.randperm(n_labels, generator=generator)[:n_pairs] for _ in range(n)])
+        which = torch.randint(0, n_pairs, (n, 1), generator=generator)
+        labels = torch.cat([pairs, pairs.gather(1, which)], 1)
+    return from_exemplars(exemplars, labels)
+
+
+def every_clamp(donor):
+    """One of each kind, for a network of two layers."""
+    return [c.Ablate((1, 0)), c.Preserve("patterns"), c.Preserve("values"), c.Preserve("queries"), c.Preserve("keys"),
+            c.PreviousToken((0, 1), 0.7), c.BlockPreviousToken((0, 0)), c.Induction((1, 1), 0.8),
+            c.SimilarityMatch((1, 1), 0.5), c.HeadTemperature((1, 0), 2.0), c.LabelAttentionOnly((1, 1)), c.Copy((1, 1)),
+            c.PerfectLayer1(), c.Graft(donor), c.Graft(donor, part="above"), c.AblateEmbedding()]
+
+
+def test_every_kind_of_clamp_is_in_the_list_above():
+    kinds = {k for k in vars(c).values() if isinstance(k, type) and dataclasses.is_dataclass(k) and hasattr(k, "writes")}
+    donor = initial_weights(TINY, 4, 5, 0)
+    assert {type(clamp) for clamp in every_clamp(donor)} == {k for k in kinds if not k.__name__.startswith("_")} - {c.During}
+
+
+def test_no_clamps_is_the_identity_bit_for_bit(networks, batch):
+    params = stack([networks[0]])
+    plain = forward(params, batch, networks[0].config)
+    clamped = c.plan([()], networks[0].config, 2)(params, batch, networks[0].config)
+    assert plain.inside.keys() == clamped.inside.keys()
+    assert all(torch.equal(plain.inside[site], clamped.inside[site]) for site in plain.inside)
+
+
+@pytest.mark.parametrize("name", [name for name in golden_clamps(initial_weights(ModelConfig(), 32, 5, 0)) if name != "none"])
+def test_a_replaced_entry_gets_exactly_no_gradient(name, networks, batch):
+    weights = networks[0]
+    plan = c.plan([golden_clamps(networks[1])[name]], weights.config, 2)
+    acts = plan(stack([weights]), batch, weights.config)
+    for (site, _), override in plan.overrides.items():
+        x = torch.randn_like(acts.inside[site, _]).requires_grad_()
+        y = override.apply(site, x, acts)
+        (gradient,) = torch.autograd.grad((y * torch.arange(1.0, y.numel() + 1).view_as(y)).sum(), x)
+        replaced = torch.zeros_like(x, dtype=torch.bool) if override.where is None else override.where.expand_as(x)
+        assert (gradient[replaced] == 0).all()
+        assert (gradient[~replaced] != 0).all()
+        if override.scale is None:
+            assert torch.equal(y[~replaced], x[~replaced])
+
+
+def gradients(weights, batch, chosen):
+    params = {name: p.requires_grad_() for name, p in stack([weights]).items()}
+    acts = c.plan([chosen], weights.config, 2)(params, batch, weights.config)
+    cross_entropy(acts.logits, batch).sum().backward()
+    return {name: p.grad[0] for name, p in params.items()}
+
+
+def head_rows(which, head):
+    start = 64 * "qkv".index(which) + 8 * head
+    return slice(start, start + 8)
+
+
+def test_weights_behind_a_clamp_get_exactly_no_gradient(networks, batch):
+    ablated = gradients(networks[0], batch, (c.Ablate((1, 3)),))["layers.1.attn.qkv.weight"]
+    for which in "qkv":  # with no values, the pattern reaches nothing either
+        assert (ablated[head_rows(which, 3)] == 0).all() and (ablated[head_rows(which, 4)] != 0).any()
+    previous = gradients(networks[0], batch, (c.PreviousToken((0, 2)),))["layers.0.attn.qkv.weight"]
+    assert (previous[head_rows("q", 2)] == 0).all() and (previous[head_rows("k", 2)] == 0).all()
+    assert (previous[head_rows("v", 2)] != 0).any()
+    matched = gradients(networks[0], batch, (c.Induction((1, 3)),))["layers.1.attn.qkv.weight"]
+    assert (matched[head_rows("q", 3)] == 0).all() and (matched[head_rows("v", 3)] != 0).any()
+    copied = gradients(networks[0], batch, (c.Copy((1, 3)),))
+    assert (copied["unembed.weight"] == 0).all() and (copied["layers.1.attn.qkv.weight"][head_rows("v", 3)] == 0).all()
+    perfect = gradients(networks[0], batch, (c.PerfectLayer1(),))
+    assert all((g == 0).all() for name, g in perfect.items() if name.startswith("layers.0."))
+    assert (perfect["layers.1.attn.qkv.weight"] != 0).any()
+
+
+def _float64_case(chosen, config=TINY):
+    batch = small_batch(dtype=torch.float64)
+    weights = initial_weights(config, 4, 5, seed=3)
+    params = {name: (20 if "embed.weight" in name else 3 if p.ndim > 2 else 1) * p.double()
+              for name, p in stack([weights]).items()}
+    plan = c.plan([chosen], config, 2, dtype=torch.float64)
+    names = list(params)
+
+    def loss(*values):
+        return cross_entropy(plan(dict(zip(names, values, strict=True)), batch, config, query_only=True).logits, batch)
+
+    return loss, [params[name].requires_grad_() for name in names]
+
+
+ALL_LAYER_1 = tuple((0, h) for h in range(2))
+
+
+@pytest.mark.parametrize("chosen", [
+    (c.Ablate((0, 1)), c.Preserve("patterns")), (c.Ablate((0, 1)), c.Preserve("values")),
+    (c.Ablate((0, 1)), c.Preserve("queries")), (c.Ablate((0, 1)), c.Preserve("keys")),
+    (c.Ablate(ALL_LAYER_1), c.Preserve(("patterns", "values"))), (c.PerfectLayer1(),), (c.Copy((1, 1)),),
+    (c.PerfectLayer1(), c.Copy((1, 1))), (c.Induction((1, 0), 0.7), c.BlockPreviousToken((0, 0)), c.HeadTemperature((0, 1), 2.0)),
+    (c.Graft(initial_weights(TINY, 4, 5, 9)),), (c.Graft(initial_weights(TINY, 4, 5, 9), part="above"),),
+], ids=lambda chosen: "+".join(type(x).__name__ for x in chosen))
+def test_gradients_agree_with_finite_differences(chosen):
+    """Nothing is detached: also through the unclamped pass, and through the layer 1 and copy clamps."""
+    loss, values = _float64_case(chosen)
+    assert torch.autograd.gradcheck(loss, values, eps=1e-6, atol=1e-7, rtol=1e-5)
+    assert sum(g.abs().sum() for g in torch.autograd.grad(loss(*values).sum(), values)) > 1e-2
+
+
+def test_a_family_of_different_clamps_equals_each_alone(networks, batch):
+    cases = golden_clamps(networks[1])
+    family = c.plan(list(cases.values()), networks[0].config, 2)
+    together = family(stack([networks[0]] * len(cases)), batch.expand(len(cases)), networks[0].config)
+    for i, chosen in enumerate(cases.values()):
+        alone = c.run(networks[0], batch, chosen)
+        torch.testing.assert_close(together.logits[i], alone.logits[0], atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(together["pattern", 1][i], alone["pattern", 1][0], atol=2e-6, rtol=1e-5)
+
+
+# What each clamp sets, read off the activations.
+
+def test_patterns_that_clamps_set(networks, batch):
+    acts = c.run(networks[0], batch, (c.PreviousToken((0, 2), 0.75), c.Induction((1, 3), 0.9)))
+    expected = torch.tensor([[1, 0, 0, 0, 0], [.75, .25, 0, 0, 0], [0, .75, .25, 0, 0], [0, 0, .75, .25, 0], [0, 0, 0, .75, .25]])
+    assert torch.equal(acts["pattern", 0][0, :, 2], expected.expand(64, 5, 5))
+    right = batch.in_context[0]
+    row = acts["pattern", 1][0, :, 3, -1]
+    torch.testing.assert_close(row[:, 1::2], torch.where(right, 0.9, 0.1))
+    assert (row[:, ::2] == 0).all()
+
+
+def test_more_pairs_share_the_strength_and_add_probabilities():
+    labels = torch.tensor([[2, 4, 2, 0, 2], [1, 1, 1, 1, 1]])
+    batch = small_batch(4, 2, labels=labels)
+    weights = initial_weights(TINY, 4, 5, 0)
+    row = c.run(weights, batch, (c.Induction((1, 0), 0.8),))["pattern", 1][0, :, 0, -1, 1::2]
+    torch.testing.assert_close(row, torch.tensor([[.4, .1, .4, .1], [.25, .25, .25, .25]]))
+
+    acts = c.run(weights, batch, (c.Copy((1, 1)),))
+    scores = acts["attn_scores", 1][0, 0, 1, -1, 1::2]
+    p = acts.logits[0, 0].softmax(0)
+    torch.testing.assert_close(p[[2, 4, 0]], torch.stack([scores[[0, 2]].exp().sum(), scores[1].exp(), scores[3].exp()])
+                               / scores.exp().sum())
+    assert (acts.logits[0, 0, [1, 3]] == -1e9).all()
+
+
+def test_similarity_match_takes_the_nearest_exemplar():
+    batch = small_batch()
+    row = c.run(initial_weights(TINY, 4, 5, 0), batch, (c.SimilarityMatch((1, 1)),))["pattern", 1][0, :, 1, -1]
+    x = batch.exemplars[0]
+    nearest = torch.nn.functional.cosine_similarity(x[:, :2], x[:, 2:], dim=-1).argmax(1)
+    assert torch.equal(row[:, 1::2].argmax(1), nearest) and torch.equal(row.sum(1), torch.ones(6))
+
+
+def test_ablated_embedding_leaves_only_biases(networks, batch):
+    logits = c.run(networks[0], batch, (c.AblateEmbedding(),)).logits[0]
+    assert torch.equal(logits, logits[:1].expand_as(logits))
+
+
+def test_perfect_layer_1_with_absolute_positions_moves_the_embedding_with_its_position():
+    config = ModelConfig(d_model=8, n_heads=2, positions="sinusoidal")
+    acts = c.run(initial_weights(config, 4, 5, 0), small_batch(), (c.PerfectLayer1(),))
+    x, seen = acts["token_embed", None], acts["qk_input", 1]
+    assert torch.equal(seen, torch.stack([x[:, :, i] for i in (0, 0, 1, 2, 4)], 2))
+    assert torch.equal(acts["resid_pre", 1], x)
+
+
+@pytest.mark.parametrize("other", [c.PreviousToken((0, 1)), c.Induction((1, 1)), c.BlockPreviousToken((0, 1)),
+                                   c.HeadTemperature((1, 1), 3.0), c.PerfectLayer1()], ids=lambda x: type(x).__name__)
+def test_what_another_clamp_sets_wins_over_what_is_preserved(other, networks, batch):
+    """Preserving everything but that clamp's doing: its pattern is as without the preservation."""
+    layer = 0 if isinstance(other, (c.PreviousToken, c.BlockPreviousToken)) else 1
+    with_it = c.run(networks[0], batch, (other, c.Preserve("patterns")))["pattern", layer][0, :, 1, -1]
+    alone = c.run(networks[0], batch, (other,))["pattern", layer][0, :, 1, -1]
+    clean = c.run(networks[0], batch)["pattern", layer][0, :, 1, -1]
+    torch.testing.assert_close(with_it, alone)
+    assert not torch.allclose(with_it, clean, atol=1e-3)
+
+
+# Composition and refusals.
+
+@pytest.mark.parametrize("first, second, entry", [
+    (c.PreviousToken((1, 3)), c.Induction((1, 3)), "pattern of head 1.3 at position 4"),
+    (c.Ablate((1, 3)), c.Ablate(((1, 2), (1, 3))), "v of head 1.3"),
+    (c.Induction((1, 3)), c.SimilarityMatch((1, 3)), "pattern of head 1.3"),
+    (c.HeadTemperature((1, 3), 2), c.HeadTemperature((1, 3), 3), "attn_scores of head 1.3"),
+    (c.Copy((1, 3)), c.Copy((1, 2)), "logits"),
+    (c.Preserve("patterns"), c.Preserve(("values", "patterns")), "pattern"),
+])
+def test_two_clamps_on_one_entry_are_an_error_that_names_both(first, second, entry):
+    with pytest.raises(ValueError) as error:
+        c.check((first, second), SHAPE)
+    assert str(first) in str(error.value) and str(second) in str(error.value) and entry in str(error.value)
+
+
+def test_clamps_of_different_entries_of_one_pattern_compose():
+    c.check((c.PreviousToken((1, 3), labels_only=True), c.Induction((1, 3))), SHAPE)
+    c.check((c.BlockPreviousToken((1, 3)), c.HeadTemperature((1, 3), 2.0)), SHAPE)
+
+
+def test_two_grafts_are_an_error(networks):
+    with pytest.raises(ValueError, match="one graft"):
+        c.check((c.Graft(networks[0]), c.Graft(networks[1], part="above")), SHAPE)
+
+
+@pytest.mark.parametrize("clamp, words", [
+    (c.Ablate((2, 0)), "no head 2.0; layers are 0 to 1, heads 0 to 7"),
+    (c.Induction((1, 8)), "no head 1.8; layers are 0 to 1, heads 0 to 7"),
+    (c.Copy((0, -1)), "no head 0.-1"),
+    (c.LabelAttentionOnly((0, 1)), "not the last"),
+    (c.Graft(initial_weights(ModelConfig(), 32, 5, 0), after_layer=1), "from 0 to 0"),
+])
+def test_out_of_range_is_an_error_that_names_the_range(clamp, words):
+    with pytest.raises(ValueError) as error:
+        c.check((clamp,), SHAPE)
+    assert words in str(error.value)
+
+
+def test_layer_1_clamp_needs_two_layers():
+    with pytest.raises(ValueError, match="n_layers=3"):
+        c.check((c.PerfectLayer1(),), c.Shape(3, 8, 2))
+
+
+@pytest.mark.parametrize("make", [
+    lambda: c.Induction((1, 3), 1.5), lambda: c.PreviousToken((0, 1), -0.1), lambda: c.HeadTemperature((1, 1), 0),
+    lambda: c.SimilarityMatch((1, 1), -1), lambda: c.Preserve("pattern"), lambda: c.Graft(None, part="left"),
+    lambda: c.Ablate(()), lambda: c.Ablate(((1, 1), (1, 1))), lambda: c.During(c.Copy((1, 1)), 5, 5),
+    lambda: c.During(c.During(c.Copy((1, 1))), 5), lambda: c.Induction((1, 3), float("nan")),
+])
+def test_bad_values_are_refused_when_made(make):
+    with pytest.raises(ValueError):
+        make()
+
+
+def test_something_else_is_not_a_clamp():
+    with pytest.raises(ValueError, match="not a clamp"):
+        c.check(("ablate",), SHAPE)
+
+
+def test_a_donor_of_another_architecture_is_refused(networks, batch):
+    donor = initial_weights(ModelConfig(n_heads=4), 32, 5, 0)
+    with pytest.raises(ValueError, match="graft like on like"):
+        c.run(networks[0], batch, (c.Graft(donor),))
+
+
+def test_windows_switch_a_clamp_on_and_off():
+    clamp = c.During(c.Induction((1, 3)), 100, 200)
+    assert [c.active((clamp,), s) for s in (0, 99, 100, 199, 200)] == [(), (), (clamp.clamp,), (clamp.clamp,), ()]
+    assert c.edges((clamp, c.During(c.Copy((1, 1)), until=50))) == [50, 100, 200]
+    c.check((clamp, c.During(c.SimilarityMatch((1, 3)), 200)), SHAPE)  # one after the other is no conflict
+    with pytest.raises(ValueError, match="both set"):
+        c.check((clamp, c.During(c.SimilarityMatch((1, 3)), 199)), SHAPE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """A reader's own clamp: a head attends to everything that it can see, equally."""
+
+    layer: int
+    head: int
+
+    def writes(self, shape):
+        where = shape.zeros("pattern")
+        where[self.head] = True
+        pattern = torch.ones(shape.n_positions, shape.n_positions).tril()
+        return [c.Write("pattern", self.layer, where, ((pattern / pattern.sum(1, keepdim=True), None),))]
+
+
+def test_a_clamp_of_ones_own(networks, batch):
+    acts = c.run(networks[0], batch, (Uniform(1, 2), c.Ablate((1, 5))))
+    torch.testing.assert_close(acts["pattern", 1][0, 0, 2, -1], torch.full((5,), 0.2))
+    assert (acts["v", 1][:, :, :, 5] == 0).all()

@@ -1,0 +1,153 @@
+"""Sequences: what may stand in them, what is held out, and how many there are."""
+
+import math
+
+import pytest
+import torch
+
+from ihbook import data
+from ihbook.banks import Bank
+from ihbook.config import TaskConfig
+
+TASK = TaskConfig(n_classes=20, n_test_classes=10)
+
+
+@pytest.fixture(scope="module")
+def splits(small_bank):
+    return data.split(small_bank, TASK)
+
+
+def draw(bank, n=4000, **changes):
+    task = TaskConfig(**{"n_classes": 20, "n_test_classes": 10, **changes})
+    return data.sample(data.split(bank, task), n, data.seeded("test"))
+
+
+def test_a_sequence_asks_for_a_class_that_it_shows(splits):
+    batch = data.sample(splits, 4000, data.seeded("a"))
+    ids, labels = batch.ids[0], batch.labels[0]
+    assert (ids[:, 0] != ids[:, 1]).all() and (labels[:, 0] != labels[:, 1]).all()
+    which = (ids[:, :2] == ids[:, 2:]).long().argmax(1, keepdim=True)
+    assert (ids.gather(1, which)[:, 0] == ids[:, 2]).all() and (labels.gather(1, which)[:, 0] == labels[:, 2]).all()
+    assert abs(which.float().mean() - 0.5) < 0.03  # either position, equally likely
+    assert torch.bincount(ids[:, 0], minlength=20).min() > 130  # of 200 expected: every class, equally likely
+    sets = {tuple(s) for s in splits.train_sets.tolist()}
+    pairs = labels[:, :2].sort(1).values
+    assert {tuple(p) for p in pairs.tolist()} == sets
+    flipped = (labels[:, 0] > labels[:, 1]).float().mean()
+    assert abs(flipped - 0.5) < 0.03  # a coin decides which of the pair's labels goes where
+
+
+@pytest.mark.parametrize("n_labels, train, held", [(5, 8, 2), (10, 36, 9), (15, 84, 21)])
+def test_published_label_splits(n_labels, train, held):
+    for seed in range(20):
+        sets = data.label_sets(TaskConfig(n_labels=n_labels, label_seed=seed))
+        assert [len(s) for s in sets] == [train, held]
+        assert sets[0].unique().tolist() == list(range(n_labels))
+        assert not {tuple(s) for s in sets[0].tolist()} & {tuple(s) for s in sets[1].tolist()}
+
+
+def test_label_sets_can_be_given():
+    train, test = data.label_sets(TaskConfig(n_labels=3, label_sets=((1, 0), (1, 2))))
+    assert train.tolist() == [[0, 1], [1, 2]] and test.tolist() == [[0, 2]]
+    with pytest.raises(ValueError, match="every label"):
+        data.label_sets(TaskConfig(n_labels=3, label_sets=((0, 1),)))
+
+
+def test_splits_keep_classes_and_exemplars_apart(splits, small_bank):
+    sets = data.evaluation_sets(splits, 0)
+    assert list(sets) == list(data.EVAL_SETS) and all(len(s) == 1000 for s in sets.values())
+    bank = small_bank.features
+
+    def members(name):
+        return {tuple(x.tolist()) for x in sets[name].bank[0]}
+
+    def rows(classes, exemplars):
+        return {tuple(x.tolist()) for x in bank[classes][:, exemplars].flatten(0, 1)}
+
+    assert members("train") == members("test_relabel") == rows(slice(0, 20), slice(0, 1))
+    assert members("test_exemplars") == rows(slice(0, 20), slice(1, 3))
+    assert members("test_classes") == rows(slice(30, 40), slice(0, 1))
+    held = {tuple(s) for s in splits.test_sets.tolist()}
+    assert {tuple(p) for p in sets["test_relabel"].labels[0, :, :2].sort(1).values.tolist()} == held
+    # a held-out exemplar's class stands behind its id: two exemplars a class
+    ids = sets["test_exemplars"].ids[0] // 2
+    assert ((ids[:, :2] == ids[:, 2:]).sum(1) == 1).all()
+
+
+def test_evaluation_sets_and_training_chunks_are_pure_functions_of_their_seeds(splits):
+    for make in (lambda s: data.training_batch(splits, s, 3, 64), lambda s: data.evaluation_sets(splits, s)["train"]):
+        a, b, other = make(1), make(1), make(2)
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels) and not torch.equal(a.ids, other.ids)
+    assert not torch.equal(data.training_batch(splits, 1, 0, 64).ids, data.training_batch(splits, 1, 1, 64).ids)
+
+
+def test_every_training_sequence_once():
+    bank = Bank(torch.randn(150, 5, 8), None, {})
+    splits = data.split(bank, TaskConfig())
+    batch = data.every_training_sequence(splits)
+    assert len(batch) == 78_400 == 50 * 49 * 16 * 2
+    rows = torch.cat([batch.ids[0], batch.labels[0]], 1)
+    assert len(rows.unique(dim=0)) == 78_400
+    sampled = data.sample(splits, 2000, data.seeded("b"))
+    known = {tuple(r) for r in rows.tolist()}
+    assert {tuple(r) for r in torch.cat([sampled.ids[0], sampled.labels[0]], 1).tolist()} <= known
+    with pytest.raises(ValueError, match="n_pairs=4"):
+        data.every_training_sequence(data.split(bank, TaskConfig(n_pairs=4)))
+
+
+def test_more_pairs_and_bursts(small_bank):
+    batch = draw(small_bank, n_pairs=4, burstiness=2)
+    counts = [sorted(torch.bincount(row).tolist())[-2:] for row in batch.ids[0, :200, :4]]
+    assert all(c == [2, 2] for c in counts)
+    assert (batch.in_context.sum(2) == 2).all()
+    four = draw(small_bank, n_pairs=4)
+    assert all(len(set(row)) == 4 for row in four.ids[0, :200, :4].tolist())
+    assert (four.in_context.sum(2) == 1).all()
+
+
+def test_zipf_makes_the_first_classes_common(small_bank):
+    counts = torch.bincount(draw(small_bank, zipf=1.0).ids[0, :, 0], minlength=20).float()
+    expected = 1 / torch.arange(1, 21)
+    torch.testing.assert_close(counts / counts.sum(), expected / expected.sum(), atol=0.02, rtol=0)
+
+
+def test_noise_is_added_to_each_token_afresh(small_bank):
+    noisy, plain = draw(small_bank, noise=0.5), draw(small_bank)
+    difference = noisy.exemplars - noisy.bank[0][noisy.ids]
+    assert difference.std().item() == pytest.approx(0.5, rel=0.02) and plain.noise is None
+    assert not torch.equal(difference[0, 0, 0], difference[0, 0, 2])
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"n_classes": 31}, "n_classes=31 and n_test_classes=10 need 41 classes"),
+    ({"n_labels": 1}, "n_labels=1"),
+    ({"n_labels": True}, "n_labels=True"),
+    ({"n_labels": 5.0}, "n_labels=5.0"),
+    ({"n_labels": 3, "held_out": 0.9}, "too few to show all of n_labels=3"),
+    ({"n_labels": 2, "held_out": 0.5, "label_sets": ((0, 2),)}, "label_sets has (0, 2)"),
+    ({"held_out": 1.0}, "held_out=1.0"),
+    ({"held_out": math.nan}, "held_out=nan"),
+    ({"n_pairs": 3, "burstiness": 2}, "burstiness=2"),
+    ({"n_pairs": 8}, "n_labels=5 is fewer than the 8"),
+    ({"n_labels": 40, "n_pairs": 20, "n_classes": 20, "n_test_classes": 20}, "label sets, more than"),
+    ({"n_classes": 1}, "n_classes=1 is fewer"),
+    ({"zipf": -1}, "zipf=-1"),
+])
+def test_bad_tasks_are_named(small_bank, changes, words):
+    with pytest.raises(ValueError) as error:
+        draw(small_bank, **changes)
+    assert words in str(error.value)
+
+
+def test_from_exemplars_checks_shapes():
+    with pytest.raises(ValueError, match="must be"):
+        data.from_exemplars(torch.zeros(4, 3, 2), torch.zeros(4, 2))
+
+
+def test_concatenated_runs_keep_their_own_banks(small_bank):
+    a = data.split(small_bank, TASK)
+    b = data.split(small_bank, TaskConfig(n_classes=10, n_test_classes=10))
+    batches = [data.training_batch(s, 0, 0, 50) for s in (a, b)]
+    both = data.concatenate(batches)
+    for i, batch in enumerate(batches):
+        assert torch.equal(both.exemplars[i], batch.exemplars[0])

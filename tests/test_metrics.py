@@ -1,0 +1,66 @@
+"""Metrics, checked by hand on small examples."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+
+from ihbook import clamps, metrics
+from ihbook.data import Batch
+
+
+def batch_of(labels):
+    labels = torch.tensor(labels)[None]
+    return Batch(torch.zeros(1, 1, 1), torch.zeros_like(labels), labels)
+
+
+def test_query_metrics_by_hand():
+    batch = batch_of([[0, 2, 2], [1, 0, 1]])
+    p = torch.tensor([[[0.1, 0.6, 0.2, 0.1], [0.3, 0.5, 0.1, 0.1]]])
+    found = metrics.query_metrics(p.log(), batch)
+    expected = {
+        "loss": [-math.log(0.2), -math.log(0.5)], "accuracy": [0, 1], "probability": [0.2, 0.5],
+        "in_context_loss": [-math.log(2 / 3), -math.log(5 / 8)], "in_context_accuracy": [1, 1],
+        "in_context_probability": [2 / 3, 5 / 8], "context_probability": [0.3, 0.8],
+    }
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], torch.tensor([values], dtype=torch.float32), msg=name)
+
+
+def test_induction_strength_and_previous_token_attention_by_hand():
+    pattern = torch.zeros(1, 1, 2, 5, 5)
+    pattern[0, 0, 0, -1] = torch.tensor([0.1, 0.2, 0.1, 0.5, 0.1])
+    pattern[0, 0, 1, 1, 0], pattern[0, 0, 1, 3, 2] = 0.4, 0.8
+    assert metrics.induction_strength(pattern, batch_of([[0, 2, 2]]))[0, 0].tolist() == pytest.approx([0.3, 0])
+    assert metrics.induction_strength(pattern, batch_of([[0, 2, 0]]))[0, 0].tolist() == pytest.approx([-0.3, 0])
+    assert metrics.previous_token_attention(pattern)[0, 0].tolist() == pytest.approx([0, 0.6])
+
+
+def test_phase_change_is_interpolated():
+    def curve(losses):
+        return pd.DataFrame({"sequences": range(0, 100 * len(losses), 100), "eval_set": "train", "metric": "loss", "value": losses})
+
+    assert metrics.phase_change(curve([1.0, 0.6, 0.2, 0.3]), 0.4) == pytest.approx(150)
+    assert metrics.phase_change(curve([0.1, 0.6]), 0.4) == 0
+    assert math.isnan(metrics.phase_change(curve([1.0, 0.6]), 0.4))
+    assert pytest.approx(0.4 * math.log(2)) == metrics.THRESHOLD
+
+
+def test_chunks_do_not_change_a_mean(networks, batch):
+    whole, parts = (metrics.measure(networks[0], batch, heads=True, chunk=chunk) for chunk in (64, 7))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], atol=1e-6, rtol=1e-6, equal_nan=True)
+
+
+def test_measure_pairs_networks_with_clamps(networks, batch):
+    lists = [(), (clamps.Ablate((1, 3)),)]
+    one = metrics.measure(networks[0], batch, lists)["loss"]
+    assert one[0] != one[1]
+    two = metrics.measure(networks, batch, [lists[1]])["loss"]
+    torch.testing.assert_close(two[0], one[1])
+    with pytest.raises(ValueError, match="2 networks and 3 lists"):
+        metrics.measure(networks, batch, [(), (), ()])
+    with pytest.raises(ValueError, match="no head 3.0"):
+        metrics.measure(networks[0], batch, [(clamps.Ablate((3, 0)),)])

@@ -1,0 +1,88 @@
+"""Against the authors' trained network, and against their training curves."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cases import ONLY_3
+from conftest import read_npz, shared, tensors
+
+from ihbook import data, metrics
+from ihbook.banks import load_bank
+from ihbook.clamps import Ablate, Copy, Induction, PerfectLayer1, Preserve, PreviousToken
+from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
+from ihbook.model import Weights
+from ihbook.train import train
+
+
+@pytest.fixture(scope="module")
+def analysis(reference):
+    """The network, all of its training sequences, and the authors' numbers."""
+    task = TaskConfig(label_sets=tuple(map(tuple, reference["measured"]["train_label_pairs"])))
+    train_sets, test_sets = data.label_sets(task)
+    ids = torch.arange(50)[:, None]
+    splits = data.Splits(task, reference["features"], ids, ids[:, :0], ids[:0], train_sets, test_sets)
+    return reference["weights"], data.every_training_sequence(splits), reference["measured"]
+
+
+def test_final_network_gives_the_authors_numbers(analysis):
+    weights, batch, expected = analysis
+    assert len(batch) == expected["n_sequences"] == 78_400
+    heads = range(8)
+    alone = [Ablate(metrics.others(1, h, 8)) for h in heads]
+    strongest = max(heads, key=lambda h: expected["induction_strength"][h])
+    pt = sorted(heads, key=lambda h: -expected["previous_token_attention_at_labels_layer1"][h])[:3]
+    assert pt == expected["top3_previous_token_heads"] and strongest == 3
+    cut_pt, cut_rest = Ablate(tuple((0, h) for h in pt)), Ablate(metrics.others(0, pt, 8))
+    layer_1 = Ablate(tuple((0, h) for h in heads))
+
+    plain = metrics.measure(weights, batch, heads=True)
+    ours = {
+        "accuracy": plain["accuracy"][0], "loss": plain["loss"][0], "induction_strength": plain["strength"][0, 1],
+        "previous_token_attention_at_labels_layer1": plain["previous_token"][0, 0],
+        "ablate_one_accuracy": metrics.measure(weights, batch, [(Ablate((1, h)),) for h in heads])["accuracy"],
+        "only_one_perfect_match_accuracy":
+            metrics.measure(weights, batch, [(alone[h], Induction((1, h))) for h in heads])["accuracy"],
+        "no_layer1_output_accuracy":
+            metrics.measure(weights, batch, [(layer_1, Preserve(("patterns", "values")))])["accuracy"][0],
+    }
+    single = metrics.measure(weights, batch, [(each,) for each in alone])
+    ours |= {"only_one_accuracy": single["accuracy"], "only_one_loss": single["loss"]}
+    table = metrics.measure(weights, batch, [(cut, Preserve(kept)) for cut in (cut_pt, cut_rest) for kept in ("patterns", "values")])
+    names = [f"ablate_{cut}_preserve_{kept}_accuracy" for cut in ("pt", "others") for kept in ("patterns", "values")]
+    ours |= dict(zip(names, table["accuracy"], strict=True))
+
+    assert set(expected) - set(ours) == {"n_sequences", "train_label_pairs", "top3_previous_token_heads"}
+    for name, value in ours.items():
+        assert np.abs(value.numpy() - np.array(expected[name])).max() <= 1e-3, name
+
+
+RUNS = {  # clamps, and sequences enough to get past the phase change
+    "main": ((), 400_000),
+    "noclamp": ((ONLY_3,), 400_000),
+    "pt": ((ONLY_3, PreviousToken((0, 2))), 300_000),
+    "layer1": ((ONLY_3, PerfectLayer1()), 100_000),
+    "match": ((ONLY_3, Induction((1, 3))), 60_000),
+    "copy": ((Copy((1, 3)),), 70_000),
+    "layer1copy": ((PerfectLayer1(), Copy((1, 3))), 40_000),
+}
+DATA_SEEDS = range(5)  # one order of the data moves the time by a percent or two, as much as lies between two of the runs
+
+
+def test_training_follows_the_authors_curves(reference):
+    """The time of the phase change: within 10 % for each run and data order, and the medians in the authors' order."""
+    curves = pd.read_csv(shared("reference/curves.csv"))
+    initial = Weights(ModelConfig(), tensors(read_npz(shared("reference/initial_weights.npz")), ""))
+    bank = load_bank(BankConfig(name="authors", path=str(shared("data/omniglot_relu.h5"))))
+    task = TaskConfig(label_sets=tuple(map(tuple, reference["measured"]["train_label_pairs"])))
+    runs = {(name, seed): RunConfig(task=task, clamps=chosen, initial=initial, data_seed=seed, n_sequences=n, eval_every=5000)
+            for name, (chosen, n) in RUNS.items() for seed in DATA_SEEDS}
+    results = train(list(runs.values()), bank=bank, progress=False)
+    ours = pd.Series([metrics.phase_change(r.metrics) for r in results], pd.MultiIndex.from_tuples(runs)).unstack()
+    theirs = pd.Series({name: metrics.phase_change(curves[curves["run"] == name].melt(
+        id_vars=["run", "sequences", "eval_set"], var_name="metric")) for name in RUNS})
+    table = pd.DataFrame({"authors": theirs, "median": ours.median(axis=1), "lowest": ours.min(axis=1), "highest": ours.max(axis=1)})
+    print(table.assign(ratio=table["median"] / table["authors"]).round(3))
+    for column in ("lowest", "highest"):
+        assert ((table[column] / table["authors"] - 1).abs() < 0.10).all(), table
+    assert table["median"].sort_values().index.tolist() == theirs.sort_values().index.tolist(), table

@@ -1,0 +1,250 @@
+"""Training: learning, resuming bit for bit, families, clamps in windows, schedules."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from ihbook import clamps
+from ihbook import train as t
+from ihbook.config import ModelConfig, RunConfig, TaskConfig, encode
+from ihbook.model import initial_weights
+
+MODEL = ModelConfig(d_model=16, n_heads=2)
+RUN = RunConfig(task=TaskConfig(n_classes=10, n_test_classes=10), model=MODEL, n_sequences=3200, lr=3e-3, eval_every=1000,
+                eval_size=50, checkpoint_every=800)
+
+
+def same(a, b):
+    """Bit for bit the same result."""
+    pd.testing.assert_frame_equal(a.metrics, b.metrics, check_exact=True)
+    pd.testing.assert_frame_equal(a.heads, b.heads, check_exact=True)
+    assert a.weights == b.weights and a.checkpoints == b.checkpoints
+
+
+def train(runs, bank, **options):
+    return t.train(runs, bank=bank, progress=False, **options)
+
+
+def test_it_learns_the_task(small_bank):
+    [result] = train([replace(RUN, n_sequences=40_000, checkpoint_every=0, model=ModelConfig(d_model=32, n_heads=4),
+                              task=TaskConfig(n_classes=30, n_test_classes=10))], small_bank)
+    end = result.metrics[result.metrics["sequences"] == 40_000].pivot(index="eval_set", columns="metric", values="value")
+    assert end.loc["train", "accuracy"] > 0.95 and end.loc["train", "loss"] < 0.2
+    assert end.loc["test_classes", "accuracy"] > 0.8
+    strength = result.heads[(result.heads["layer"] == 1) & (result.heads["sequences"] == 40_000)]["strength"]
+    assert strength.max() > 0.3
+
+
+def test_what_is_recorded_and_when(small_bank):
+    [result] = train([replace(RUN, heads_every=320)], small_bank)
+    when = result.metrics.groupby("eval_set")["sequences"].unique()
+    assert when["test_classes"].tolist() == [0, 1024, 2016, 3008, 3200]  # first step at or past each 1,000, and the end
+    assert set(range(0, 3201, 320)) < set(when["train"])
+    assert sorted(result.checkpoints) == [0, 800, 1600, 2400, 3200]
+    assert result.checkpoints[3200] == result.weights
+    assert result.checkpoints[0] == initial_weights(MODEL, 16, 5, RUN.init_seed)
+    assert len(result.heads) == len(when["train"]) * 2 * 2
+    assert result.heads[result.heads["layer"] == 0]["previous_token"].between(0, 1).all()
+
+
+def test_the_same_run_gives_the_same_bits(small_bank):
+    same(*(train([RUN], small_bank)[0] for _ in range(2)))
+
+
+def test_a_family_equals_each_run_alone(small_bank):
+    other = initial_weights(MODEL, 16, 5, 77)
+    runs = [RUN, replace(RUN, init_seed=6, data_seed=3), replace(RUN, n_sequences=1600),
+            replace(RUN, clamps=(clamps.Induction((1, 1)),)), replace(RUN, clamps=(clamps.PerfectLayer1(), clamps.Copy((1, 0)))),
+            replace(RUN, clamps=(clamps.Ablate((0, 0)), clamps.Preserve("values")), n_sequences=2400),
+            replace(RUN, clamps=(clamps.During(clamps.PreviousToken((0, 1)), 640, 1920),)),
+            replace(RUN, clamps=(clamps.Graft(other),)), replace(RUN, clamps=(clamps.Graft(other, part="above"),)),
+            replace(RUN, task=replace(RUN.task, n_classes=20))]
+    assert len({t._Prepared.of(run, small_bank).program for run in runs}) == 1
+    for run, together in zip(runs, train(runs, small_bank), strict=True):
+        [alone] = train([run], small_bank)
+        assert together.config == run
+        for name, tensor in alone.weights.tensors.items():
+            torch.testing.assert_close(together.weights.tensors[name], tensor, atol=1e-4, rtol=1e-3)
+        pd.testing.assert_frame_equal(together.metrics, alone.metrics, atol=5e-3, rtol=1e-3)
+
+
+def test_different_programs_train_in_one_call(small_bank):
+    runs = [RUN, replace(RUN, task=replace(RUN.task, n_labels=6)), replace(RUN, optimiser="sgd", lr=0.1)]
+    results = train(runs, small_bank)
+    assert [r.config for r in results] == runs and results[1].weights.n_labels == 6
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 37, 60])
+def test_resumed_training_is_bit_for_bit_the_same(small_bank, tmp_path, monkeypatch, at):
+    runs = [RUN, replace(RUN, init_seed=6, n_sequences=1600, clamps=(clamps.During(clamps.Induction((1, 0)), 640, 1280),))]
+    whole = train(runs, small_bank)
+    monkeypatch.setattr(t, "SAVE_SECONDS", -1.0)  # save at every step
+    step, count = t._step, iter(range(1000))
+
+    def dying(*args):
+        if next(count) == at:
+            raise Stop
+        return step(*args)
+
+    monkeypatch.setattr(t, "_step", dying)
+    with pytest.raises(Stop):
+        train(runs, small_bank, directory=tmp_path)
+    monkeypatch.setattr(t, "_step", step)
+    for a, b in zip(whole, train(runs, small_bank, directory=tmp_path), strict=True):
+        same(a, b)
+
+
+def test_a_finished_call_is_read_back(small_bank, tmp_path, monkeypatch):
+    first = train([RUN], small_bank, directory=tmp_path)
+    monkeypatch.setattr(t, "_step", None)
+    same(first[0], train([RUN], small_bank, directory=tmp_path)[0])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:1000], lambda b: b"", lambda b: b[:-1], lambda b: b"x" * len(b)])
+def test_a_damaged_state_is_reported_and_trained_again(small_bank, tmp_path, damage):
+    first = train([RUN], small_bank, directory=tmp_path)
+    [path] = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.warns(UserWarning, match="is damaged"):
+        again = train([RUN], small_bank, directory=tmp_path)
+    same(first[0], again[0])
+
+
+def test_a_signal_stops_between_steps_and_saves(small_bank, tmp_path):
+    long = replace(RUN, n_sequences=3_200_000, checkpoint_every=0)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(KeyboardInterrupt, match="same call goes on"):
+        train([long], small_bank, directory=tmp_path)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    [path] = tmp_path.iterdir()
+    assert t._load(path, [t._Prepared.of(long, small_bank)], "cpu").step > 0
+
+
+SCRIPT = """
+import sys, torch
+from tests_of_resume import BANK, RUN
+from ihbook import train
+train.SAVE_SECONDS = 0.05
+train.train([RUN], bank=BANK, directory=sys.argv[1], progress=False)
+"""
+
+
+def test_a_killed_process_loses_little_and_resumes_bit_for_bit(small_bank, tmp_path, monkeypatch):
+    """SIGKILL at a moment of its own choosing, twice; then to the end here."""
+    run = replace(RUN, n_sequences=32_000)
+    (tmp_path / "tests_of_resume.py").write_text(
+        "import sys; sys.path.insert(0, %r)\nimport torch\nfrom test_train import RUN as R\nfrom dataclasses import replace\n"
+        "from ihbook.banks import Bank\nRUN = replace(R, n_sequences=32_000)\n"
+        "g = torch.Generator().manual_seed(0)\nc = torch.randn(40, 1, 16, generator=g)\n"
+        "BANK = Bank(c + 0.1 * torch.randn(40, 3, 16, generator=g), None, {})\n" % str(Path(__file__).parent))
+    store = tmp_path / "store"
+    steps = []
+    for seconds in (0.4, 0.9):
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(store)], cwd=tmp_path)
+        deadline = time.monotonic() + 60
+        while not list(store.glob("*.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        [path] = store.glob("*.safetensors")
+        steps.append(t._load(path, [t._Prepared.of(run, small_bank)], "cpu").step)
+    assert 0 < steps[0] <= steps[1]
+    same(train([run], small_bank, directory=store)[0], train([run], small_bank)[0])
+
+
+def test_an_unwritable_directory_is_a_clear_error(small_bank, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="choose another directory"):
+        train([RUN], small_bank, directory=tmp_path / "file" / "store")
+
+
+def test_a_window_makes_a_difference_only_inside(small_bank):
+    """Before the window, the run is the unclamped one; in it, it is not."""
+    clamp = clamps.During(clamps.Induction((1, 0)), 1600, 2400)
+    plain, windowed = (train([replace(RUN, clamps=c)], small_bank)[0] for c in ((), (clamp,)))
+    assert all(plain.checkpoints[s] == windowed.checkpoints[s] for s in (0, 800, 1600))
+    assert plain.checkpoints[2400] != windowed.checkpoints[2400]
+
+    def metrics_at(result, sequences):
+        return result.metrics[result.metrics["sequences"] == sequences]["value"].tolist()
+
+    assert metrics_at(plain, 1024) == metrics_at(windowed, 1024) and metrics_at(plain, 2016) != metrics_at(windowed, 2016)
+    always = train([replace(RUN, clamps=(clamp.clamp,))], small_bank)[0]
+    assert metrics_at(always, 0) != metrics_at(plain, 0)  # clamped in training, clamped in evaluation
+
+
+def test_clamped_weights_do_not_move(small_bank):
+    [result] = train([replace(RUN, clamps=(clamps.PerfectLayer1(),))], small_bank)
+    before, after = result.checkpoints[0].tensors, result.weights.tensors
+    assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("layers.0."))
+    assert not torch.equal(before["layers.1.attn.qkv.weight"], after["layers.1.attn.qkv.weight"])
+
+
+def test_learning_rates():
+    run = replace(RUN, warmup=320, schedule="cosine")
+    assert t.rate(run, 0) == pytest.approx(run.lr * 32 / 352) and t.rate(run, 288) == pytest.approx(run.lr * 320 / 352)
+    assert t.rate(run, 320) == run.lr and t.rate(run, 3200) == pytest.approx(0, abs=1e-12)
+    assert t.rate(run, 1760) == pytest.approx(run.lr / 2)
+    assert t.rate(RUN, 0) == t.rate(RUN, 3199) == RUN.lr
+
+
+def test_sgd_follows_the_gradient(small_bank):
+    run = replace(RUN, optimiser="sgd", lr=0.05, n_sequences=32, checkpoint_every=0, clamps=(clamps.Copy((1, 0)),))
+    [result] = train([run], small_bank)
+    before = initial_weights(MODEL, 16, 5, run.init_seed).tensors
+    assert torch.equal(result.weights.tensors["unembed.weight"], before["unembed.weight"])  # no gradient, no step
+    assert not torch.equal(result.weights.tensors["exemplar_embed.weight"], before["exemplar_embed.weight"])
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"clamps": (clamps.Ablate((1, 5)),)}, "no head 1.5"),
+    ({"clamps": (clamps.Copy((1, 0)), clamps.Copy((1, 1)))}, "both set"),
+    ({"task": TaskConfig(n_classes=35, n_test_classes=10)}, "n_classes=35"),
+    ({"initial": initial_weights(MODEL, 8, 5, 0)}, "exemplar dim 8"),
+    ({"initial": initial_weights(MODEL, 16, 6, 0)}, "n_labels=6"),
+    ({"model": ModelConfig(d_model=16, n_heads=2, positions="learned", max_positions=3)}, "max_positions=3"),
+])
+def test_a_run_that_cannot_be_trained_is_refused_before_any_is(small_bank, tmp_path, changes, words):
+    with pytest.raises(ValueError) as error:
+        train([RUN, replace(RUN, **changes)], small_bank, directory=tmp_path)
+    assert words in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", [{"lr": 0}, {"lr": math.nan}, {"optimiser": "lion"}, {"schedule": "step"}, {"n_sequences": 0},
+                                 {"batch_size": 1.5}, {"eval_every": -1}, {"init_seed": "7"}])
+def test_bad_runs_are_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        RunConfig(**bad)
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(ValueError, match="no runs"):
+        t.train([])
+
+
+def test_digests_name_values():
+    assert RUN.digest == replace(RUN).digest
+    variants = [RUN, replace(RUN, init_seed=6), replace(RUN, clamps=(clamps.Ablate((1, 0)),)),
+                replace(RUN, clamps=(clamps.Ablate((1, 1)),)), replace(RUN, clamps=(clamps.LabelAttentionOnly((1, 1)),)),
+                replace(RUN, initial=initial_weights(MODEL, 16, 5, 0)), replace(RUN, initial=initial_weights(MODEL, 16, 5, 1)),
+                replace(RUN, clamps=(clamps.Graft(initial_weights(MODEL, 16, 5, 1)),))]
+    assert len({v.digest for v in variants}) == len(variants)
+    code = "from ihbook.config import RunConfig; print(RunConfig().digest)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == RunConfig().digest
+    with pytest.raises(TypeError, match="digest"):
+        encode(object())

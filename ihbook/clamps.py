@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -534,6 +535,12 @@ class Plan:
     overrides: dict[Site, Override] = field(default_factory=dict)
     donor: Params | None = None
     frozen: dict[str, Tensor] = field(default_factory=dict)  # weight name -> bool [run, 1, …]: the donor's
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds, each with a run axis."""
+        parts = (t for o in self.overrides.values() for t in (o.where, o.scale, *(c for c, _ in o.terms)))
+        return [*(t for t in parts if t is not None), *(self.donor or {}).values(), *self.frozen.values()]
 
     def __call__(self, params: Params, batch: Batch, config: ModelConfig, *, query_only: bool = False) -> Activations:
         """A forward pass under these clamps."""

@@ -30,7 +30,8 @@ def at_least(name: str, value: float, least: float) -> None:
 def whole(name: str, value: int, least: int) -> None:
     """Raise ValueError unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        hint = f"; write {int(value)}" if isinstance(value, float) and value.is_integer() and value >= least else ""
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{hint}")
 
 
 @dataclass(frozen=True)

@@ -118,8 +118,9 @@ def split(bank: Bank, task: TaskConfig) -> Splits:
     """
     needed = task.n_classes + task.n_test_classes
     if needed > bank.n_classes:
-        raise ValueError(f"n_classes={task.n_classes} and n_test_classes={task.n_test_classes} need {needed} classes, but "
-                         f"the bank {bank.metadata.get('name', '')!r} has {bank.n_classes}; lower one, or use a larger bank")
+        raise ValueError(f"n_classes={task.n_classes} and n_test_classes={task.n_test_classes} need {needed} classes, but the "
+                         f"bank {bank.metadata.get('name', '')!r} has {bank.n_classes}; with it n_classes can be at most "
+                         f"{bank.n_classes - task.n_test_classes}")
     ids = torch.arange(bank.n_classes * bank.n_exemplars).view(bank.n_classes, bank.n_exemplars)
     train, test = label_sets(task)
     return Splits(task, bank.features.flatten(0, 1), ids[:task.n_classes, :1], ids[:task.n_classes, 1:],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -54,29 +54,36 @@ def previous_token_attention(pattern: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: clamping.Plan, *, heads: bool = False,
-             chunk: int = 4096) -> dict[str, Tensor]:
-    """Means over a batch's sequences of `query_metrics`, `[run]`, under `plan`, `chunk` sequences at a time.
+def summed(params: Params, batch: Batch, config: ModelConfig, plan: clamping.Plan) -> dict[str, Tensor]:
+    """Sums over a batch's sequences of `query_metrics`, `[run]`, and of each head's `strength` and `previous_token`,
+    `[run, layer, head]` (no `previous_token` of the last layer), under `plan`."""
+    acts = plan(params, batch, config, query_only=True)
+    patterns = [acts["pattern", i] for i in range(config.n_layers)]
+    values = query_metrics(acts.logits, batch)
+    values["strength"] = torch.stack([induction_strength(p, batch) for p in patterns], 2)
+    if len(patterns) > 1:
+        values["previous_token"] = torch.stack([previous_token_attention(p) for p in patterns[:-1]], 2)
+    return {name: value.sum(1) for name, value in values.items()}
 
-    With `heads`, also `strength` `[run, layer, head]`, and `previous_token` `[run, layer, head]` of all layers but the
-    last (NaN there).
+
+def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: clamping.Plan, *, chunk: int = 4096,
+             summed: Callable[..., dict[str, Tensor]] = summed) -> dict[str, Tensor]:
+    """Means over a batch's sequences of what `summed` sums, `chunk` sequences at a time, float64.
+
+    `previous_token` is NaN for the last layer, of which only the query's row is computed.
     """
     totals: dict[str, Tensor] = {}
     for part in batch.split(chunk):
-        acts = plan(params, part, config, query_only=True)
-        values = query_metrics(acts.logits, part)
-        if heads:
-            patterns = [acts["pattern", i] for i in range(config.n_layers)]
-            values["strength"] = torch.stack([induction_strength(p, part) for p in patterns], 2)
-            previous = [previous_token_attention(p) for p in patterns[:-1]]
-            values["previous_token"] = torch.stack([*previous, torch.full_like(values["strength"][:, :, 0], math.nan)], 2)
-        for name, value in values.items():
-            totals[name] = totals.get(name, 0) + value.sum(1, dtype=torch.float64)
-    return {name: total / len(batch) for name, total in totals.items()}
+        for name, value in summed(params, part, config, plan).items():
+            totals[name] = totals.get(name, 0) + value.double()
+    means = {name: total / len(batch) for name, total in totals.items()}
+    missing = torch.full_like(means["strength"][:, :1], math.nan)
+    means["previous_token"] = torch.cat([*([means["previous_token"]] if "previous_token" in means else []), missing], 1)
+    return means
 
 
 def measure(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence[Sequence] = ((),), *,
-            heads: bool = False, chunk: int = 4096) -> dict[str, Tensor]:
+            chunk: int = 4096) -> dict[str, Tensor]:
     """`evaluate` for finished networks: one network under each list of clamps, or each network under its own.
 
     `batch` is of one run and serves all. Raises ValueError where the numbers of networks and clamps do not match.
@@ -91,8 +98,7 @@ def measure(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence
         clamping.check(each, shape)
     plan = clamping.plan([clamping.active(each, math.inf) for each in lists], config, n_pairs,
                          dtype=networks[0].tensors["unembed.bias"].dtype)
-    return evaluate(stack(networks), batch.expand(len(networks)), config, plan, heads=heads,
-                    chunk=max(1, chunk // len(networks)))
+    return evaluate(stack(networks), batch.expand(len(networks)), config, plan, chunk=max(1, chunk // len(networks)))
 
 
 def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[int, int], ...]:

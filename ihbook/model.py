@@ -97,6 +97,7 @@ class Activations:
     query_only: bool = False
     donor: Params | None = None
     inside: dict[Site, Tensor] = field(default_factory=dict)
+    passes: dict[str, Activations] = field(default_factory=dict)
 
     def __getitem__(self, site: Site) -> Tensor:
         name, layer = site
@@ -111,16 +112,20 @@ class Activations:
         """`[run, batch, label]`, at the query."""
         return self["logits", None]
 
-    @cached_property
+    @property
     def unclamped(self) -> Activations:
         """A pass of the same network with no overrides at all; gradients flow through it."""
-        return forward(self.params, self.batch, self.config, query_only=self.query_only)
+        if "unclamped" not in self.passes:
+            self.passes["unclamped"] = forward(self.params, self.batch, self.config, query_only=self.query_only)
+        return self.passes["unclamped"]
 
-    @cached_property
+    @property
     def of_donor(self) -> Activations:
         """The frozen donor's own pass over the same sequences; no gradients."""
-        with torch.no_grad():
-            return forward(self.donor, self.batch, self.config)
+        if "of_donor" not in self.passes:
+            with torch.no_grad():
+                self.passes["of_donor"] = forward(self.donor, self.batch, self.config)
+        return self.passes["of_donor"]
 
 
 def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overrides | None = None, *,
@@ -177,8 +182,10 @@ def embed(params: Params, batch: Batch, config: ModelConfig) -> Tensor:
     weight, bias = params["exemplar_embed.weight"], params["exemplar_embed.bias"].unsqueeze(-1)
     n_runs, n_batch, n_exemplars = batch.ids.shape
     if batch.noise is None and batch.bank.shape[1] <= 256 and batch.bank.shape[1] < n_batch * n_exemplars:
-        # Few exemplars, seen often: embed each once, and pick by a matrix product, whose gradient is one too.
-        exemplars = select(weight @ batch.bank.mT + bias, batch.ids)
+        # Few exemplars, seen often: embed each once, and pick.
+        # A bank that the runs share is one matrix, so that the runs' embeddings are one product.
+        bank = batch.bank[0] if len(batch.bank) == 1 else batch.bank
+        exemplars = select(weight @ bank.mT + bias, batch.ids)
     else:
         features = batch.exemplars.transpose(1, 2).flatten(1, 2)
         exemplars = (weight @ features.mT + bias).unflatten(2, (n_exemplars, n_batch))
@@ -200,6 +207,9 @@ def select(table: Tensor, index: Tensor) -> Tensor:
     """Columns of `table` `[run, d, n]` at `index` `[run, batch, pos]` -> `[run, d, pos, batch]`."""
     n_runs, n_batch, n_positions = index.shape
     flat = index.transpose(1, 2).reshape(n_runs, 1, -1)
+    if not torch.is_grad_enabled():
+        return table.gather(2, flat.expand(-1, table.shape[1], -1)).unflatten(2, (n_positions, n_batch))
+    # A product with a one-hot matrix, whose gradient is a product too, where a gather's would be a slow scatter.
     one_hot = table.new_zeros(n_runs, table.shape[2], flat.shape[2]).scatter_(1, flat, 1.0)
     return (table @ one_hot).unflatten(2, (n_positions, n_batch))
 
@@ -371,7 +381,8 @@ def load_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            # Copies: what is mapped from a file would change, or go, with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); delete it and train or copy it again") from error
     if config is None:

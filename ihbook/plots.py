@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 
@@ -33,6 +32,8 @@ STYLE = {
     "figure.facecolor": "white",  # so that a figure can be read on a dark page
 }
 _PALETTE = sns.color_palette("colorblind", 10).as_hex()
+_PALETTE[6] = "#56b4e9"  # for seaborn's pale pink, which can't be read as text
+_PALETTE[9] = "#444444"
 _EVAL_SETS = {  # name -> (what a reader calls it, colour)
     "train": ("training sequences", _PALETTE[0]),
     "test_relabel": ("held-out label pairs", _PALETTE[1]),
@@ -88,15 +89,25 @@ def _millions(axes: Axes, last: float) -> None:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, gap: float) -> None:
-    """Name lines at their right ends, (y, text, colour), moved apart where they would touch (`gap`, in y's own units)."""
-    placed: list[float] = []
-    log = axes.get_yscale() == "log"
-    for y, text, colour in sorted(ends):
-        y = math.log10(y) if log else y
-        y = max(y, placed[-1] + gap) if placed else y
-        placed.append(y)
-        axes.annotate(text, (x, 10**y if log else y), xytext=(6, 0), textcoords="offset points", color=colour, va="center",
-                      fontsize=9.5, annotation_clip=False)
+    """Name lines at their right ends, (y, text, colour), spread where they would touch (`gap`, in y's units)."""
+    ends = sorted(ends)
+    placed = [y for y, _, _ in ends]
+    for _ in range(200):  # neighbours that are too close push each other apart, half each
+        for i in range(1, len(placed)):
+            push = (gap - (placed[i] - placed[i - 1])) / 2
+            if push > 1e-9:
+                placed[i - 1], placed[i] = placed[i - 1] - push, placed[i] + push
+    for (y, text, colour), at in zip(ends, placed, strict=True):
+        axes.annotate(text, (x, y), xytext=(x * 1.035, at), color=colour, va="center", fontsize=9.5, annotation_clip=False,
+                      arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 4})
+
+
+def table(rows: pd.DataFrame, digits: int = 3, *, index: bool = True) -> pd.io.formats.style.Styler:
+    """A table as the book sets it: numbers to so many digits and to the right, words to the left."""
+    styler = rows.style.format(precision=digits, thousands=",").set_table_attributes('class="dataframe"')
+    words = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
+    styler = styler.set_properties(**{"text-align": "right"}).set_properties(subset=words, **{"text-align": "left"})
+    return styler if index else styler.hide()
 
 
 @_in_style
@@ -134,12 +145,12 @@ def sequence(images: Sequence[torch.Tensor], labels: Sequence[int], *, answer: b
                                           ec=_PALETTE[0]))
             axes.text(position, -0.01, str(labels[position // 2]), ha="center", va="center", fontsize=19, color=_PALETTE[0])
             name = "its label"
-        axes.text(position, 0.6, str(position), ha="center", fontsize=8.5, color=MUTED)
-        axes.text(position, -0.7, name, ha="center", fontsize=9.5, color=INK)
+        axes.text(position, 0.6, str(position), ha="center", fontsize=10, color=MUTED)
+        axes.text(position, -0.7, name, ha="center", fontsize=11.5, color=INK)
     axes.add_patch(FancyArrowPatch((n - 0.5, 0), (n - 0.02, 0), arrowstyle="-|>", mutation_scale=13, color=INK))
     axes.text(n + 0.28, 0, str(labels[-1]) if answer else "?", ha="center", va="center", fontsize=23, color=_PALETTE[3],
               weight="bold")
-    axes.text(n + 0.28, -0.7, "the answer", ha="center", fontsize=9.5)
+    axes.text(n + 0.28, -0.7, "the answer", ha="center", fontsize=11.5)
     pairs = ", ".join(f"a character with label {label}" for label in labels[:-1])
     asked = f"The answer is {labels[-1]}." if answer else "What is the answer?"
     figure.alt = f"A sequence: {pairs}, then the query, one of these characters again. {asked}"
@@ -159,9 +170,10 @@ def label_pairs(train: torch.Tensor, test: torch.Tensor, n_labels: int) -> Pictu
     axes.tick_params(length=0)
     sns.despine(ax=axes, left=True, bottom=True)
     for i, (name, pairs, colour) in enumerate((("train", train, _PALETTE[0]), ("held out", test, _PALETTE[1]))):
-        axes.text(1.0, 0.97 - 0.1 * i, f"{len(pairs)} pairs {name}", transform=axes.transAxes, ha="right", va="top",
+        axes.text(1.0, 0.97 - 0.1 * i, f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} {name}", transform=axes.transAxes, ha="right", va="top",
                   color=colour, fontsize=10.5)
-    figure.alt = f"Half a table of label pairs; held out are {', '.join(f'{a} with {b}' for a, b in test.tolist())}."
+    held = ", ".join(f"{a} with {b}" for a, b in test.tolist()[:10]) + (" and more" if len(test) > 10 else "")
+    figure.alt = f"Half a table of {len(train) + len(test)} label pairs; held out are {held or 'none'}."
     return figure
 
 
@@ -176,9 +188,9 @@ def similarities(groups: Mapping[str, torch.Tensor]) -> Picture:
             axes.axvline(array[0], color=colour)
             peak = (array[0], axes.get_ylim()[1])
         else:
-            sns.kdeplot(x=array, ax=axes, color=colour, fill=True, alpha=0.25, linewidth=1.8, cut=0)
+            sns.kdeplot(x=array, ax=axes, color=colour, fill=True, alpha=0.25, linewidth=1.8, clip=(-1, 1))
             peak = max(axes.collections[-1].get_paths()[0].vertices.tolist(), key=lambda point: point[1])
-        axes.annotate(f"{name}, mean {array.mean():.2f}", peak, xytext=(0, 4), textcoords="offset points",
+        axes.annotate(f"{name} (mean {abs(array.mean()):.2f})", peak, xytext=(0, 4), textcoords="offset points",
                       color=colour, ha="center", fontsize=9.5, weight="bold", annotation_clip=False)
     axes.set(xlabel="cosine similarity of two exemplars' features", ylabel="density", yticks=[])
     means = "; ".join(f"{name}, mean {values.mean():.2f}" for name, values in groups.items())
@@ -197,7 +209,7 @@ def _curve(axes: Axes, table: pd.DataFrame, colour: str) -> pd.Series:
 
 
 @_in_style
-def loss_curves(table: pd.DataFrame, eval_sets: Sequence[str] = ("train", "test_relabel", "test_classes"), *,
+def loss_curves(table: pd.DataFrame, eval_sets: Sequence[str] = tuple(_EVAL_SETS), *,
                 published: Mapping[str, Sequence[tuple[float, float]]] | None = None) -> Picture:
     """Loss against sequences seen, a line an evaluation set (Figure 3a): median over the column `run`, band its range.
 
@@ -206,6 +218,7 @@ def loss_curves(table: pd.DataFrame, eval_sets: Sequence[str] = ("train", "test_
     figure = Picture(figsize=(7.6, 3.9))
     axes = figure.subplots()
     losses = table[table["metric"] == "loss"]
+    eval_sets = [name for name in eval_sets if name in set(losses["eval_set"])]
     last, ends = losses["sequences"].max(), []
     for name in eval_sets:
         words, colour = _EVAL_SETS[name]
@@ -218,7 +231,7 @@ def loss_curves(table: pd.DataFrame, eval_sets: Sequence[str] = ("train", "test_
     top = max(1.0, min(2.4, losses["value"].max() * 1.04))
     axes.set(ylim=(-0.02 * top, top), ylabel="loss at the query (nats)")
     _millions(axes, last)
-    _label_ends(axes, ends, last, 0.062 * top)
+    _label_ends(axes, ends, last, 0.066 * top)
     if published:
         axes.plot([], [], "o", mfc="white", mec=MUTED, ms=6.5, mew=1.6, label="published (authors' features)")
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.02), fontsize=9, labelcolor=MUTED)
@@ -247,6 +260,6 @@ def head_strengths(heads: pd.DataFrame, final: Sequence[float], *, layer: int = 
     _millions(axes, last)
     _label_ends(axes, [(value, f"head {layer}.{head}", head_colour(head)) for head, value in enumerate(final)], last,
                 0.058 * (high - low))
-    figure.alt = (f"Induction strength of each head of layer {layer} against sequences seen, to {last:,}. At the end: "
+    figure.alt = (f"Induction strength of each head of Layer {layer + 1} against sequences seen, to {last:,}. At the end: "
                   + ", ".join(f"head {layer}.{head} {value:.2f}" for head, value in enumerate(final)) + ".")
     return figure

@@ -7,34 +7,55 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
-import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from ihbook import clamps as clamping
-from ihbook import data, metrics
+from ihbook import data, metrics, step
 from ihbook.banks import Bank, load_bank
 from ihbook.config import BankConfig, RunConfig
 from ihbook.data import Batch
-from ihbook.model import Params, Weights, initial_weights, stack
+from ihbook.model import Params, Weights, initial_weights, load_weights, save_weights, stack
 
-VERSION = 1  # raise it when a change of code changes a run's numbers: stored states of other versions are not read
+VERSION = 2  # raise it when a change of code changes a run's numbers: what other versions stored is not read
 CHUNK_STEPS = 256  # steps sampled at once; part of what a training stream is, so a change of it changes results
+EVAL_CHUNK = 250  # sequences evaluated at once, of every run
 SAVE_SECONDS = 45.0
+BLOCK = {"cpu": 8, "cuda": 512}  # runs in one program: on a CPU, as many as its caches hold
+
+
+class Checkpoints(Mapping[int, Weights]):
+    """A run's weights by sequences seen, read from a folder when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __getitem__(self, sequences: int) -> Weights:
+        if sequences not in set(self):
+            raise KeyError(f"no checkpoint at {sequences} sequences; there are {sorted(self)}")
+        return load_weights(self.folder / f"{sequences}.safetensors")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(int(p.stem) for p in self.folder.glob("[0-9]*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +70,7 @@ class Result:
     metrics: pd.DataFrame
     heads: pd.DataFrame
     weights: Weights
-    checkpoints: dict[int, Weights]
+    checkpoints: Mapping[int, Weights]
 
 
 @dataclass
@@ -59,45 +80,74 @@ class _State:
     step: int
     alive: list[int]
     params: Params
-    moments: dict[str, dict[str, Tensor]]  # the optimiser's state, by kind and weight
+    moments: step.Moments
     metrics: list[tuple] = field(default_factory=list)  # run, sequences, eval_set, metric, value
     heads: list[tuple] = field(default_factory=list)  # run, sequences, layer, head, strength, previous_token
-    saved: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)  # (run, sequences) -> weights
 
 
 def train(runs: Sequence[RunConfig], *, bank: Bank | None = None, directory: str | Path | None = None,
-          device: str | torch.device = "cpu", progress: bool = True) -> list[Result]:
+          device: str | torch.device = "cpu", compile: bool | None = None, progress: bool = True) -> list[Result]:
     """Train every run from scratch, or from where `directory` says that it stopped; results in the order of `runs`.
 
     Runs that can share a program train together, with a leading run axis; a run's result does not depend on which
-    others are in the call, but for rounding. `bank` serves all runs in place of their own. With a `directory`, state is
-    saved there every 45 seconds, and on Ctrl-C or SIGTERM before KeyboardInterrupt is raised; the same call then goes
-    on, bit for bit as if it had not stopped, and a finished call returns what it saved. Raises ValueError for a run
-    that can't be trained, before any is.
+    others are in the call, but for rounding. `bank` serves all runs in place of their own. `compile` (default: where it
+    pays) compiles the program. With a `directory`, state is saved there every 45 seconds, and on Ctrl-C or SIGTERM
+    before KeyboardInterrupt is raised; the same call then goes on, bit for bit as if it had not stopped.
+    Raises ValueError for a run that can't be trained, before any is.
     """
-    runs = list(runs)
+    results: list[Result | None] = [None] * len(runs)
+    with tempfile.TemporaryDirectory() as temporary:
+        blocks = plan_blocks(prepare(runs, bank, device), device)
+        for number, block in enumerate(blocks, 1):
+            title = f"family {number}/{len(blocks)}" if len(blocks) > 1 else "training"
+            family = [each for _, each in block]
+            folder = Path(directory or temporary) / family_digest(family)
+            for (i, _), result in zip(block, train_family(family, folder, device, compile, title if progress else None),
+                                      strict=True):
+                results[i] = replace(result, checkpoints=dict(result.checkpoints))
+            shutil.rmtree(folder)
+    return results
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise ValueError for a device that is not at hand."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is not known; choose 'cpu' or 'cuda'") from error
+    if kind not in BLOCK or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device!r} is not at hand on this machine; choose 'cpu'")
+
+
+def prepare(runs: Sequence[RunConfig], bank: Bank | None = None, device: str | torch.device = "cpu") -> list[Prepared]:
+    """Runs with their data and first weights. Raises ValueError for one that can't be trained."""
     if not runs:
         raise ValueError("there are no runs to train; give at least one RunConfig")
+    check_device(device)
     banks: dict[BankConfig, Bank] = {}
     for run in runs:
         if run.bank not in banks:
             banks[run.bank] = bank or load_bank(run.bank)
-    prepared = [_Prepared.of(run, banks[run.bank]) for run in runs]
-    families: dict[tuple, list[int]] = defaultdict(list)
+    return [Prepared.of(run, banks[run.bank]) for run in runs]
+
+
+def plan_blocks(prepared: Sequence[Prepared], device: str | torch.device = "cpu") -> list[list[tuple[int, Prepared]]]:
+    """Which runs, by their places, train as one program: blocks of those that can, the longest first and of like length."""
+    groups: dict[tuple, list[tuple[int, Prepared]]] = defaultdict(list)
     for i, each in enumerate(prepared):
-        families[each.program].append(i)
-    results: list[Result | None] = [None] * len(runs)
-    for number, members in enumerate(families.values(), 1):
-        title = f"family {number}/{len(families)}" if len(families) > 1 else "training"
-        family = [prepared[i] for i in members]
-        finished = _train_family(family, Path(directory) if directory else None, device, title if progress else None)
-        for i, result in zip(members, finished, strict=True):
-            results[i] = result
-    return results
+        groups[each.program].append((i, each))
+    size = BLOCK[torch.device(device).type]
+    blocks = []
+    for members in groups.values():
+        members.sort(key=lambda member: -member[1].config.n_steps)
+        n = -(-len(members) // size)
+        even = -(-len(members) // n)
+        blocks += [members[start:start + even] for start in range(0, len(members), even)]
+    return blocks
 
 
 @dataclass(frozen=True, eq=False)
-class _Prepared:
+class Prepared:
     """A run with its data and first weights, checked."""
 
     config: RunConfig
@@ -107,7 +157,7 @@ class _Prepared:
     weights: Weights
 
     @classmethod
-    def of(cls, run: RunConfig, bank: Bank) -> _Prepared:
+    def of(cls, run: RunConfig, bank: Bank) -> Prepared:
         shape = clamping.Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
         clamping.check(run.clamps, shape)
         splits = data.split(bank, run.task)
@@ -153,93 +203,62 @@ def due(every: int, step: int, batch_size: int) -> bool:
     return bool(every) and (step == 0 or seen // every > (seen - batch_size) // every)
 
 
-def _train_family(family: list[_Prepared], directory: Path | None, device: str | torch.device,
-                  title: str | None) -> list[Result]:
+def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.device = "cpu", compile: bool | None = None,
+                 title: str | None = None) -> list[Result]:
+    """Train a block of `plan_blocks` as one program. `folder` keeps its state and its checkpoints, which results read.
+
+    Raises KeyboardInterrupt after saving, where Ctrl-C or SIGTERM stopped it, and OSError where `folder` can't be written.
+    """
     first = family[0].config
-    path = directory / f"{_family_digest(family)}.safetensors" if directory else None
-    state = _load(path, family, device) if path else None
+    size = first.batch_size
+    state = _load(folder, family, device)
     if state is None:
         params = stack([each.weights for each in family], device)
-        state = _State(0, list(range(len(family))), params, {})
-    last = max(each.config.n_steps for each in family)
-    optimiser = _optimiser(state, first)
-    schedule = _Schedule(family, device)
+        state = _State(0, list(range(len(family))), params, step.moments_of(params, first))
+    n_steps = [each.config.n_steps for each in family]
+    program = step.program(max(n_steps), compile, device)
+    schedule = _Schedule(family, device, program)
     saved_at = time.monotonic()
-    total = sum(each.config.n_steps for each in family)
-    done = sum(min(state.step, each.config.n_steps) for each in family)
-    bar = tqdm(total=total, initial=done, desc=title, disable=title is None, leave=False, unit="run-step", mininterval=0.5)
-    with bar, _stop_signals(path is not None) as stopped:
+    bar = tqdm(total=sum(n_steps), initial=sum(min(state.step, n) for n in n_steps), desc=title, disable=title is None,
+               leave=False, unit="run-step", mininterval=0.5 if sys.stderr.isatty() else 3.0, smoothing=0.1)
+    with bar, _stop_signals() as stopped, _one_thread(device):
         while True:
-            seen = state.step * first.batch_size
-            leaving = [r for r in state.alive if family[r].config.n_steps == state.step]
-            _record(state, schedule, leaving)
+            leaving = [r for r in state.alive if n_steps[r] == state.step]
+            _record(state, schedule, leaving, folder)
             if leaving:
-                _leave(state, optimiser, leaving)
-                optimiser = _optimiser(state, first)
+                _leave(state, leaving)
             if not state.alive or stopped():
                 break
-            if path and time.monotonic() - saved_at > SAVE_SECONDS:
-                _save(path, state, optimiser)
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                _save(folder, state)
                 saved_at = time.monotonic()
-            batch = schedule.batch(state)
-            for group in optimiser.param_groups:
-                group["lr"] = rate(first, seen)
-            losses = _step(state.params, batch, first, schedule.plan(state), optimiser)
+            scalars = step.scalars_of(rate(first, state.step * size), state.step, device)
+            losses = program.train(state.params, state.moments, schedule.batch(state), schedule.plan(state), first.model, scalars)
             state.step += 1
             bar.update(len(state.alive))
-            if state.step % 200 == 0:
+            if title and state.step % 200 == 0:
                 low, high = f"{losses.min():.3f}", f"{losses.max():.3f}"
                 bar.set_postfix_str(f"loss {low}" + (f" to {high}" if len(losses) > 1 else ""), refresh=False)
-        if path:
-            _save(path, state, optimiser)
-    if state.step < last:
-        raise KeyboardInterrupt(f"stopped at {state.step * first.batch_size} of {last * first.batch_size} sequences; the "
-                                f"state is saved in {path}, and the same call goes on from there")
-    return [_result(r, each, state) for r, each in enumerate(family)]
+        _save(folder, state)
+    if state.alive:
+        raise KeyboardInterrupt(f"stopped at {state.step * size} of {max(n_steps) * size} sequences; the state is saved in "
+                                f"{folder}, and the same call goes on from there")
+    return [_result(r, each, state, folder) for r, each in enumerate(family)]
 
 
-def _step(params: Params, batch: Batch, run: RunConfig, plan: clamping.Plan, optimiser: torch.optim.Optimizer) -> Tensor:
-    """One optimiser step of every run on its own batch; the losses before it, `[run]`."""
-    acts = plan(params, batch, run.model, query_only=True)
-    losses = metrics.cross_entropy(acts.logits, batch)
-    optimiser.zero_grad()
-    losses.sum().backward()  # the runs share no weight, so that the sum's gradient is each run's own
-    optimiser.step()
-    return losses.detach()
-
-
-def _optimiser(state: _State, run: RunConfig) -> torch.optim.Optimizer:
-    """Adam or SGD over the family's stacked weights, with the state's moments."""
-    weights = [p.requires_grad_() for p in state.params.values()]
-    if run.optimiser == "sgd" or not weights[0].numel():
-        return torch.optim.SGD(weights, lr=run.lr)
-    optimiser = torch.optim.Adam(weights, lr=run.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    for name, p in state.params.items() if state.moments else []:
-        optimiser.state[p] = {"step": torch.tensor(float(state.step)),
-                              **{kind: moments[name] for kind, moments in state.moments.items()}}
-    return optimiser
-
-
-def _moments(state: _State, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    if not optimiser.state:
-        return {}
-    return {kind: {name: optimiser.state[p][kind] for name, p in state.params.items()} for kind in ("exp_avg", "exp_avg_sq")}
-
-
-def _leave(state: _State, optimiser: torch.optim.Optimizer, leaving: list[int]) -> None:
+def _leave(state: _State, leaving: list[int]) -> None:
     """Take runs out of the family's tensors."""
     keep = [i for i, r in enumerate(state.alive) if r not in leaving]
-    state.moments = {kind: {name: m[keep] for name, m in moments.items()}
-                     for kind, moments in _moments(state, optimiser).items()}
-    state.params = {name: p.detach()[keep].clone() for name, p in state.params.items()}
+    state.moments = {kind: {name: m[keep] for name, m in moments.items()} for kind, moments in state.moments.items()}
+    state.params = {name: p[keep] for name, p in state.params.items()}
     state.alive = [state.alive[i] for i in keep]
 
 
 class _Schedule:
     """What a family's steps read: batches, plans and evaluation sets, made when first needed and kept while they last."""
 
-    def __init__(self, family: list[_Prepared], device: str | torch.device):
-        self.family, self.device = family, device
+    def __init__(self, family: Sequence[Prepared], device: str | torch.device, program: step.Program):
+        self.family, self.device, self.program = family, device, program
         self._chunk: tuple[tuple, Batch] | None = None
         self._plan: tuple[tuple, clamping.Plan] | None = None
         self._evals: dict[str, tuple[list[int], Batch]] = {}
@@ -278,101 +297,119 @@ class _Schedule:
         return self._evals[name][1]
 
 
-def _record(state: _State, schedule: _Schedule, leaving: list[int]) -> None:
+def _record(state: _State, schedule: _Schedule, leaving: list[int], folder: Path) -> None:
     """Evaluate the runs whose time it is, and keep checkpoints. A resumed run has recorded its last step already."""
-    family, step = schedule.family, state.step
+    family, model = schedule.family, schedule.family[0].config.model
     size = family[0].config.batch_size
-    seen = step * size
+    seen = state.step * size
     recorded = {(row[0], row[2]) for row in itertools.takewhile(lambda row: row[1] == seen, reversed(state.metrics))}
     for name in family[0].evals:
         runs = [r for r in state.alive if (r, name) not in recorded
-                and (r in leaving or due(family[r].config.eval_every, step, size)
-                     or (name == "train" and due(family[r].config.heads_every, step, size)))]
+                and (r in leaving or due(family[r].config.eval_every, state.step, size)
+                     or (name == "train" and due(family[r].config.heads_every, state.step, size)))]
         if not runs:
             continue
         rows = [state.alive.index(r) for r in runs]
         params = state.params if runs == state.alive else {key: p[rows] for key, p in state.params.items()}
         plan = schedule.plan(state, None if runs == state.alive else runs)
-        values = metrics.evaluate(params, schedule.evals(name, runs), family[0].config.model, plan, heads=name == "train")
-        strength, previous = (values.pop(key, None) for key in ("strength", "previous_token"))
+        values = metrics.evaluate(params, schedule.evals(name, runs), model, plan, chunk=EVAL_CHUNK,
+                                  summed=schedule.program.evaluate)
+        values = {metric: value.tolist() for metric, value in values.items()}
+        strength, previous = values.pop("strength"), values.pop("previous_token")
         for i, r in enumerate(runs):
-            state.metrics += [(r, seen, name, metric, value[i].item()) for metric, value in values.items()]
-            if strength is not None:
-                state.heads += [(r, seen, layer, head, strength[i, layer, head].item(), previous[i, layer, head].item())
-                                for layer in range(strength.shape[1]) for head in range(strength.shape[2])]
+            state.metrics += [(r, seen, name, metric, value[i]) for metric, value in values.items()]
+            if name == "train":
+                state.heads += [(r, seen, layer, head, strength[i][layer][head], previous[i][layer][head])
+                                for layer in range(model.n_layers) for head in range(model.n_heads)]
     for i, r in enumerate(state.alive):
-        if r in leaving or due(family[r].config.checkpoint_every, step, size):
-            state.saved[r, seen] = {name: p[i].detach().cpu().clone() for name, p in state.params.items()}
+        names = ["final"] * (r in leaving)
+        if due(family[r].config.checkpoint_every, state.step, size) or (r in leaving and family[r].config.checkpoint_every):
+            names.append(str(seen))
+        for name in names:
+            weights = Weights(model, {key: p[i] for key, p in state.params.items()})
+            with writing(folder / f"run-{r}" / f"{name}.safetensors") as partial:
+                save_weights(weights, partial)
 
 
-def _result(r: int, each: _Prepared, state: _State) -> Result:
-    weights = {seen: Weights(each.config.model, tensors) for (run, seen), tensors in sorted(state.saved.items(), key=lambda
-               item: item[0]) if run == r}
-    final = weights[each.config.n_steps * each.config.batch_size]
-    columns = ["sequences", "eval_set", "metric", "value"]
-    table = pd.DataFrame([row[1:] for row in state.metrics if row[0] == r], columns=columns)
+def _result(r: int, each: Prepared, state: _State, folder: Path) -> Result:
+    table = pd.DataFrame([row[1:] for row in state.metrics if row[0] == r], columns=["sequences", "eval_set", "metric", "value"])
     heads = pd.DataFrame([row[1:] for row in state.heads if row[0] == r],
                          columns=["sequences", "layer", "head", "strength", "previous_token"])
-    return Result(each.config, table, heads, final, weights if each.config.checkpoint_every else {})
+    checkpoints = Checkpoints(folder / f"run-{r}")
+    return Result(each.config, table, heads, load_weights(checkpoints.folder / "final.safetensors"), checkpoints)
 
 
-def _family_digest(family: list[_Prepared]) -> str:
+def family_digest(family: Sequence[Prepared]) -> str:
+    """Names a family's folder: the same runs on the same banks, trained by the same version."""
     return hashlib.sha256(json.dumps([VERSION, [each.digest for each in family]]).encode()).hexdigest()[:24]
 
 
-def _save(path: Path, state: _State, optimiser: torch.optim.Optimizer) -> None:
-    """Write the state, whole or not at all."""
-    tensors = {f"params/{name}": p.detach() for name, p in state.params.items()}
-    for kind, moments in _moments(state, optimiser).items():
-        tensors |= {f"{kind}/{name}": m for name, m in moments.items()}
-    for (run, seen), weights in state.saved.items():
-        tensors |= {f"saved/{run}/{seen}/{name}": w for name, w in weights.items()}
-    book = {"step": state.step, "alive": state.alive, "metrics": state.metrics, "heads": state.heads}
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, moved there when done; OSError says the remedy, and nothing is left."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: t.contiguous().cpu() for k, t in tensors.items() if t.numel()}, partial,
-                  metadata={"state": json.dumps(book)})
+        yield partial
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OSError(f"can't save the training state to {path} ({error}); free space there, make it writable, or choose "
-                      "another directory") from error
+        raise OSError(f"can't write {path} ({error}); free space there, make it writable, or choose another directory "
+                      "(IHBOOK_STORE names the book's)") from error
 
 
-def _load(path: Path, family: list[_Prepared], device: str | torch.device) -> _State | None:
+def _save(folder: Path, state: _State) -> None:
+    """Write the state, whole or not at all."""
+    tensors = {f"params/{name}": p for name, p in state.params.items()}
+    for kind, moments in state.moments.items():
+        tensors |= {f"{kind}/{name}": m for name, m in moments.items()}
+    book = {"step": state.step, "alive": state.alive, "metrics": state.metrics, "heads": state.heads}
+    with writing(folder / "state.safetensors") as partial:
+        save_file({k: t.contiguous().cpu() for k, t in tensors.items()} if state.alive else {"none": torch.zeros(1)}, partial,
+                  metadata={"state": json.dumps(book)})
+
+
+def _load(folder: Path, family: Sequence[Prepared], device: str | torch.device) -> _State | None:
     """The saved state, or None where there is none. A damaged one is reported, and training starts anew."""
+    path = folder / "state.safetensors"
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             book = json.loads(file.metadata()["state"])
-            parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-            saved: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
-            for key in file.keys():  # noqa: SIM118, not a dict
+            parts: dict[str, Params] = defaultdict(dict)
+            for key in file.keys() if book["alive"] else ():
                 part, name = key.split("/", 1)
-                if part == "saved":
-                    run, seen, name = name.split("/", 2)
-                    saved[int(run), int(seen)][name] = file.get_tensor(key)
-                else:
-                    # A copy lies where tensors lie: kernels may round otherwise at another alignment.
-                    parts[part][name] = file.get_tensor(key).clone().to(device)
+                # A copy lies where tensors lie: kernels may round otherwise at another alignment.
+                parts[part][name] = file.get_tensor(key).clone().to(device)
+        names = family[0].weights.tensors if book["alive"] else ()  # in the order of the architecture, which files do not keep
+        parts = {part: {name: tensors[name] for name in names} for part, tensors in parts.items()}
+        return _State(book["step"], book["alive"], parts.pop("params", {}), parts, [tuple(row) for row in book["metrics"]],
+                      [tuple(row) for row in book["heads"]])
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         warnings.warn(f"the saved state {path} is damaged ({error}); training these runs anew", stacklevel=2)
         return None
-    names = family[0].weights.tensors  # in the order of the architecture, which files do not keep
-    order = {kind: {n: tensors[n] for n in names} for kind, tensors in parts.items()}
-    params = order.pop("params", None) or {n: torch.empty(0) for n in names}
-    return _State(book["step"], book["alive"], params, order, [tuple(row) for row in book["metrics"]],
-                  [tuple(row) for row in book["heads"]], dict(saved))
 
 
 @contextmanager
-def _stop_signals(wanted: bool) -> Iterator[Callable[[], bool]]:
+def _one_thread(device: str | torch.device) -> Iterator[None]:
+    """While inside, PyTorch computes on one core: tensors this small gain nothing from a second, and threads that wait for
+    each other at every operation are ten times slower on a machine that has other work."""
+    before = torch.get_num_threads()
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
     """While inside, Ctrl-C and SIGTERM only ask to stop, so that no step is left half done."""
     asked = threading.Event()
-    if not wanted or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
     before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -381,11 +418,6 @@ def _stop_signals(wanted: bool) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def default_directory() -> Path:
-    """Where the book keeps its runs: the folder that IHBOOK_STORE names, or the platform's place for user data."""
-    return Path(os.environ.get("IHBOOK_STORE") or platformdirs.user_data_dir("ihbook"))
 
 
 def seeds(run: RunConfig, n: int) -> list[RunConfig]:

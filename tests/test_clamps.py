@@ -193,6 +193,83 @@ def test_what_another_clamp_sets_wins_over_what_is_preserved(other, networks, ba
     assert not torch.allclose(with_it, clean, atol=1e-3)
 
 
+DEEP = ModelConfig(d_model=16, n_heads=2, n_layers=3)
+
+
+def deep_network(seed):
+    """Three layers, with weights large enough that every part matters."""
+    weights = initial_weights(DEEP, 4, 5, seed)
+    return type(weights)(DEEP, {name: 3 * p if p.ndim == 2 else p for name, p in weights.tensors.items()})
+
+
+@pytest.mark.parametrize("what, name", list(c.Preserve.NAMES.items()))
+def test_every_layer_is_preserved(what, name):
+    weights, batch = deep_network(0), small_batch()
+    clean = c.run(weights, batch)
+    acts = c.run(weights, batch, (c.Ablate(((0, 0), (1, 1))), c.Preserve(what)))
+    lost = c.run(weights, batch, (c.Ablate(((0, 0), (1, 1))),))
+    for layer in range(3):
+        kept, plain, without = (a[name, layer].clone() for a in (acts, clean, lost))
+        if name == "v":  # the ablated values win
+            for a in (kept, plain, without):
+                a[:, :, :, 0 if layer == 0 else 1] = 0 if layer < 2 else a[:, :, :, 1]
+        assert torch.equal(kept, plain)
+        assert layer == 0 or not torch.allclose(without, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("what, name", list(c.Preserve.NAMES.items()))
+def test_layer_2_under_the_layer_1_clamp_is_not_preserved(what, name, networks, batch):
+    both = c.run(networks[0], batch, (c.PerfectLayer1(), c.Preserve(what)))
+    alone, clean = c.run(networks[0], batch, (c.PerfectLayer1(),)), c.run(networks[0], batch)
+    assert torch.equal(both[name, 1], alone[name, 1]) and not torch.allclose(both[name, 1], clean[name, 1], atol=1e-3)
+    assert torch.equal(both.logits, alone.logits)
+
+
+def test_scores_that_are_set_are_not_divided(networks, batch):
+    both = c.run(networks[0], batch, (c.BlockPreviousToken((0, 1)), c.HeadTemperature((0, 1), 4.0)))["attn_scores", 0][0, :, 1]
+    clean = c.run(networks[0], batch)["attn_scores", 0][0, :, 1]
+    assert (both.diagonal(-1, 1, 2) == -1e9).all()
+    torch.testing.assert_close(both.diagonal(0, 1, 2), clean.diagonal(0, 1, 2) / 4)
+
+
+def test_two_clamps_of_one_kind_in_one_layer(networks, batch):
+    pattern = c.run(networks[0], batch, (c.PreviousToken((0, 1)), c.PreviousToken((0, 2), 0.25)))["pattern", 0][0, :, :, 3]
+    assert torch.equal(pattern[:, 1, 1:4], torch.tensor([0., 1, 0]).expand(64, 3))
+    assert torch.equal(pattern[:, 2, 1:4], torch.tensor([0, 0.25, 0.75]).expand(64, 3))
+
+
+def test_copy_from_a_head_of_layer_1(networks, batch):
+    acts = c.run(networks[0], batch, (c.Copy((0, 5)),))
+    expected = acts["attn_scores", 0][0, :, 5, -1, 1::2]
+    torch.testing.assert_close(acts.logits[0].gather(1, batch.labels[0, :, :2]), expected)
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_grafts_in_a_deeper_network(after):
+    own, donor, batch = deep_network(0), deep_network(1), small_batch()
+    below = c.run(own, batch, (c.Graft(donor, after),))
+    assert torch.equal(below["resid_pre", after + 1], c.run(donor, batch)["resid_post", after])
+    spliced = {name: (donor if c._after(name, after) else own).tensors[name] for name in own.tensors}
+    assert {name for name in own.tensors if c._after(name, after)} == {
+        name for name in own.tensors if name.startswith(("final_norm", "unembed"))
+        or (name.startswith("layers") and int(name.split(".")[1]) > after)}
+    above = c.run(own, batch, (c.Graft(donor, after, "above"),))
+    assert torch.equal(above.logits, c.run(type(own)(DEEP, spliced), batch).logits)
+
+
+def test_each_run_of_a_family_has_its_own_donor():
+    own, batch, donors = deep_network(0), small_batch(), [deep_network(1), deep_network(2)]
+    lists = [(c.Graft(donors[0]),), (), (c.Graft(donors[1]),), (c.Graft(donors[0], part="above"),)]
+    family = c.plan(lists, DEEP, 2)(stack([own] * 4), batch.expand(4), DEEP)
+    for i, chosen in enumerate(lists):
+        torch.testing.assert_close(family.logits[i], c.run(own, batch, chosen).logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_finished_network_is_at_the_end_of_every_window(networks, batch):
+    windows = (c.During(c.Ablate((1, 3)), 0, 100), c.During(c.Ablate((1, 5)), 100))
+    assert torch.equal(c.run(networks[0], batch, windows).logits, c.run(networks[0], batch, (c.Ablate((1, 5)),)).logits)
+
+
 # Composition and refusals.
 
 @pytest.mark.parametrize("first, second, entry", [

@@ -46,6 +46,13 @@ def test_published_label_splits(n_labels, train, held):
         assert not {tuple(s) for s in sets[0].tolist()} & {tuple(s) for s in sets[1].tolist()}
 
 
+def test_every_label_trains_however_few_sets_do():
+    for seed in range(40):  # 3 of 6 pairs often leave a label out at the first draw
+        train, test = data.label_sets(TaskConfig(n_labels=4, held_out=0.5, label_seed=seed))
+        assert len(train) == len(test) == 3 and train.unique().tolist() == [0, 1, 2, 3]
+    assert len(data.label_sets(TaskConfig(n_labels=8))[1]) == 6  # a fifth of 28, rounded
+
+
 def test_label_sets_can_be_given():
     train, test = data.label_sets(TaskConfig(n_labels=3, label_sets=((1, 0), (1, 2))))
     assert train.tolist() == [[0, 1], [1, 2]] and test.tolist() == [[0, 2]]
@@ -93,6 +100,8 @@ def test_every_training_sequence_once():
     assert {tuple(r) for r in torch.cat([sampled.ids[0], sampled.labels[0]], 1).tolist()} <= known
     with pytest.raises(ValueError, match="n_pairs=4"):
         data.every_training_sequence(data.split(bank, TaskConfig(n_pairs=4)))
+    with pytest.raises(ValueError, match="noise=0.1"):
+        data.every_training_sequence(data.split(bank, TaskConfig(noise=0.1)))
 
 
 def test_more_pairs_and_bursts(small_bank):

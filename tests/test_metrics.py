@@ -49,7 +49,7 @@ def test_phase_change_is_interpolated():
 
 
 def test_chunks_do_not_change_a_mean(networks, batch):
-    whole, parts = (metrics.measure(networks[0], batch, heads=True, chunk=chunk) for chunk in (64, 7))
+    whole, parts = (metrics.measure(networks[0], batch, chunk=chunk) for chunk in (64, 7))
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], atol=1e-6, rtol=1e-6, equal_nan=True)
 

@@ -7,7 +7,7 @@ import torch
 
 from ihbook import model as m
 from ihbook.config import ModelConfig
-from ihbook.data import from_exemplars
+from ihbook.data import Batch, from_exemplars
 
 
 def count(config):
@@ -108,6 +108,50 @@ def test_too_long_a_sequence_for_learned_positions_is_named():
     batch = from_exemplars(torch.randn(2, 3, 16), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="5 positions, but max_positions=4"):
         m.forward(m.stack([weights]), batch, weights.config)
+
+
+def test_as_many_positions_as_the_table_has():
+    weights = m.initial_weights(ModelConfig(positions="learned", max_positions=5), 16, 5, 0)
+    batch = from_exemplars(torch.randn(2, 3, 16), torch.zeros(2, 3))
+    assert m.forward(m.stack([weights]), batch, weights.config).logits.shape == (1, 2, 5)
+
+
+def test_noise_reaches_the_network_on_every_path():
+    """A bank small enough to be embedded whole, and one that is not, with and without noise."""
+    weights = m.initial_weights(ModelConfig(), 16, 5, 0)
+    generator = torch.Generator().manual_seed(0)
+    bank, labels = torch.randn(1, 10, 16, generator=generator), torch.randint(0, 5, (1, 40, 3), generator=generator)
+    ids = torch.randint(0, 10, labels.shape, generator=generator)
+    large = torch.cat([bank, torch.zeros(1, 2000, 16)], 1)
+    for noise in (None, torch.randn(1, 40, 3, 16, generator=generator)):
+        expected = bank[0][ids] + (0 if noise is None else noise)
+        plain = m.forward(m.stack([weights]), from_exemplars(expected[0], labels[0]), weights.config).logits
+        for each in (bank, large):
+            found = m.forward(m.stack([weights]), Batch(each, ids, labels, noise), weights.config).logits
+            torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_architecture_is_part_of_what_weights_are(networks):
+    other = m.Weights(ModelConfig(n_heads=4), networks[0].tensors)
+    assert other != networks[0] and other.content_digest != networks[0].content_digest
+
+
+@pytest.mark.parametrize("positions, angles", [("rotary", [1.0, 0.1]), ("sinusoidal", [1.0, 0.01])])
+def test_positions_follow_their_formula(positions, angles):
+    """Rotary: pair i of a head's features turns by pos · base^(-2i / d_head). Sinusoidal: sin and cos of pos · 10000^(-2i / d)."""
+    config = ModelConfig(d_model=4, n_heads=1, positions=positions, rotary_base=100.0)
+    weights = m.initial_weights(config, 4, 5, 0)
+    batch = from_exemplars(torch.randn(3, 3, 4), torch.zeros(3, 3))
+    plain = m.Weights(ModelConfig(d_model=4, n_heads=1, positions="none"), weights.tensors)
+    found, without = (m.forward(m.stack([w]), batch, w.config) for w in (weights, plain))
+    for pos in range(5):
+        turn = pos * torch.tensor(angles)
+        if positions == "sinusoidal":
+            added = torch.stack([turn.sin(), turn.cos()], 1).flatten()
+            torch.testing.assert_close(found["token_embed", None][0, 0, pos], without["token_embed", None][0, 0, pos] + added)
+        else:
+            x = torch.view_as_complex(without["q", 0][0, 0, pos, 0].unflatten(0, (2, 2)).contiguous())
+            torch.testing.assert_close(found["q", 0][0, 0, pos, 0], torch.view_as_real(x * torch.exp(1j * turn)).flatten())
 
 
 @pytest.mark.parametrize("bad", [{"n_heads": 7}, {"d_model": 8, "n_heads": 8}, {"positions": "alibi"}, {"n_layers": 0},

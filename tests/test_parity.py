@@ -8,11 +8,11 @@ from conftest import read_npz, shared, tensors
 from data.make_golden import N_SEQUENCES, compact
 
 from ihbook import clamps as clamping
+from ihbook import step
 from ihbook.config import ModelConfig, RunConfig
-from ihbook.data import Batch, from_exemplars
+from ihbook.data import from_exemplars
 from ihbook.metrics import cross_entropy
 from ihbook.model import Weights, initial_weights, stack
-from ihbook.train import _optimiser, _State, _step
 
 DONOR = initial_weights(ModelConfig(), 32, 5, seed=0)  # only to name the cases
 NAMES = [*clamps(DONOR), *VARIANTS, "four_pairs"]
@@ -80,22 +80,34 @@ def test_attention(name, record, networks, batch):
 
 @pytest.mark.parametrize("grouping", ["family", "alone"])
 def test_25_training_steps(grouping, record, networks):
-    """Adam at lr 1e-3 from the golden weights: every clamped case, as one family and one by one."""
+    """Adam at lr 1e-3 from the golden weights, by the engine's own step: every case, as one family and one by one."""
     cases = clamps(networks[1])
-    groups = [list(cases)] if grouping == "family" else [[name] for name in cases]
     run = RunConfig(model=ModelConfig(), lr=1e-3)
-    for names in groups:
-        plan = clamping.plan([cases[name] for name in names], run.model, 2)
-        state = _State(0, list(range(len(names))), stack([networks[0]] * len(names)), {})
-        optimiser = _optimiser(state, run)
-        losses = []
-        for exemplars, labels in zip(record["train/exemplars"], record["train/labels"], strict=True):
-            batch: Batch = from_exemplars(torch.tensor(exemplars), torch.tensor(labels)).expand(len(names))
-            losses.append(_step(state.params, batch, run, plan, optimiser))
-        for i, name in enumerate(names):
-            found = torch.stack(losses)[:, i].numpy()
-            assert np.abs(found - record[f"{name}/train_loss"]).max() <= 1e-4, name
-            for key in (k for k in record if k.startswith(f"{name}/trained/")):
-                ours = {key: state.params[key.split("/trained/")[1]][i].detach().numpy()}
-                ours = ours if ours[key].shape == record[key].shape else compact(ours)
-                assert np.abs(ours[key] - record[key]).max() <= 5e-4, key
+    for names in [list(cases)] if grouping == "family" else [[name] for name in cases]:
+        check_25_steps(step.train_step, names, cases, run, record, networks[0])
+
+
+@pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
+def test_25_training_steps_compiled(record, networks):
+    """The same, compiled: all the clamps in one program, and a family of another size without compiling anew."""
+    cases = clamps(networks[1])
+    run = RunConfig(model=ModelConfig(), lr=1e-3)
+    program = step.program(0, True, "cpu")
+    check_25_steps(program.train, list(cases), cases, run, record, networks[0])
+
+
+def check_25_steps(train_step, names, cases, run, record, weights):
+    plan = clamping.plan([cases[name] for name in names], run.model, 2)
+    params = stack([weights] * len(names))
+    moments = step.moments_of(params, run)
+    losses = []
+    for i, (exemplars, labels) in enumerate(zip(record["train/exemplars"], record["train/labels"], strict=True)):
+        batch = from_exemplars(torch.tensor(exemplars), torch.tensor(labels)).expand(len(names))
+        losses.append(train_step(params, moments, batch, plan, run.model, step.scalars_of(run.lr, i, "cpu")))
+    for i, name in enumerate(names):
+        found = torch.stack(losses)[:, i].numpy()
+        assert np.abs(found - record[f"{name}/train_loss"]).max() <= 1e-4, name
+        for key in (k for k in record if k.startswith(f"{name}/trained/")):
+            ours = {key: params[key.split("/trained/")[1]][i].numpy()}
+            ours = ours if ours[key].shape == record[key].shape else compact(ours)
+            assert np.abs(ours[key] - record[key]).max() <= 5e-4, key

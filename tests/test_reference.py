@@ -36,7 +36,7 @@ def test_final_network_gives_the_authors_numbers(analysis):
     cut_pt, cut_rest = Ablate(tuple((0, h) for h in pt)), Ablate(metrics.others(0, pt, 8))
     layer_1 = Ablate(tuple((0, h) for h in heads))
 
-    plain = metrics.measure(weights, batch, heads=True)
+    plain = metrics.measure(weights, batch)
     ours = {
         "accuracy": plain["accuracy"][0], "loss": plain["loss"][0], "induction_strength": plain["strength"][0, 1],
         "previous_token_attention_at_labels_layer1": plain["previous_token"][0, 0],

@@ -5,8 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ihbook import clamps
+from ihbook import clamps, step
 from ihbook import train as t
 from ihbook.config import ModelConfig, RunConfig, TaskConfig, encode
 from ihbook.model import initial_weights
@@ -69,7 +69,7 @@ def test_a_family_equals_each_run_alone(small_bank):
             replace(RUN, clamps=(clamps.During(clamps.PreviousToken((0, 1)), 640, 1920),)),
             replace(RUN, clamps=(clamps.Graft(other),)), replace(RUN, clamps=(clamps.Graft(other, part="above"),)),
             replace(RUN, task=replace(RUN.task, n_classes=20))]
-    assert len({t._Prepared.of(run, small_bank).program for run in runs}) == 1
+    assert len({t.Prepared.of(run, small_bank).program for run in runs}) == 1
     for run, together in zip(runs, train(runs, small_bank), strict=True):
         [alone] = train([run], small_bank)
         assert together.config == run
@@ -88,50 +88,67 @@ class Stop(Exception):
     pass
 
 
+@contextmanager
+def stop_at_once():
+    yield lambda: True
+
+
 @pytest.mark.parametrize("at", [1, 37, 60])
 def test_resumed_training_is_bit_for_bit_the_same(small_bank, tmp_path, monkeypatch, at):
     runs = [RUN, replace(RUN, init_seed=6, n_sequences=1600, clamps=(clamps.During(clamps.Induction((1, 0)), 640, 1280),))]
     whole = train(runs, small_bank)
     monkeypatch.setattr(t, "SAVE_SECONDS", -1.0)  # save at every step
-    step, count = t._step, iter(range(1000))
+    count = iter(range(1000))
 
     def dying(*args):
         if next(count) == at:
             raise Stop
-        return step(*args)
+        return step.train_step(*args)
 
-    monkeypatch.setattr(t, "_step", dying)
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=dying))
     with pytest.raises(Stop):
         train(runs, small_bank, directory=tmp_path)
-    monkeypatch.setattr(t, "_step", step)
+    monkeypatch.undo()
     for a, b in zip(whole, train(runs, small_bank, directory=tmp_path), strict=True):
         same(a, b)
 
 
-def test_a_finished_call_is_read_back(small_bank, tmp_path, monkeypatch):
-    first = train([RUN], small_bank, directory=tmp_path)
-    monkeypatch.setattr(t, "_step", None)
-    same(first[0], train([RUN], small_bank, directory=tmp_path)[0])
-
-
 @pytest.mark.parametrize("damage", [lambda b: b[:1000], lambda b: b"", lambda b: b[:-1], lambda b: b"x" * len(b)])
-def test_a_damaged_state_is_reported_and_trained_again(small_bank, tmp_path, damage):
-    first = train([RUN], small_bank, directory=tmp_path)
-    [path] = tmp_path.iterdir()
+def test_a_damaged_state_is_reported_and_trained_again(small_bank, tmp_path, monkeypatch, damage):
+    whole = train([RUN], small_bank)
+    monkeypatch.setattr(t, "_stop_signals", stop_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        train([RUN], small_bank, directory=tmp_path)
+    monkeypatch.undo()
+    [path] = tmp_path.glob("*/state.safetensors")
     path.write_bytes(damage(path.read_bytes()))
     with pytest.warns(UserWarning, match="is damaged"):
         again = train([RUN], small_bank, directory=tmp_path)
-    same(first[0], again[0])
+    same(whole[0], again[0])
+    assert not list(tmp_path.iterdir())  # nothing is left of a finished family
 
 
-def test_a_signal_stops_between_steps_and_saves(small_bank, tmp_path):
-    long = replace(RUN, n_sequences=3_200_000, checkpoint_every=0)
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_between_steps_and_saves(small_bank, tmp_path, monkeypatch, number):
+    long, count = replace(RUN, n_sequences=3_200_000, checkpoint_every=0), iter(range(1000))
+    handler = signal.getsignal(number)
+
+    def interrupted(*args):
+        if next(count) == 20:
+            os.kill(os.getpid(), number)
+        return step.train_step(*args)
+
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=interrupted))
+    monkeypatch.setattr(step, "COMPILE_FROM", math.inf)
     with pytest.raises(KeyboardInterrupt, match="same call goes on"):
         train([long], small_bank, directory=tmp_path)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    [path] = tmp_path.iterdir()
-    assert t._load(path, [t._Prepared.of(long, small_bank)], "cpu").step > 0
+    assert signal.getsignal(number) == handler
+    assert step_of(tmp_path, long, small_bank) == 21
+
+
+def step_of(directory, run, bank):
+    family = [t.Prepared.of(run, bank)]
+    return t._load(directory / t.family_digest(family), family, "cpu").step
 
 
 SCRIPT = """
@@ -156,13 +173,12 @@ def test_a_killed_process_loses_little_and_resumes_bit_for_bit(small_bank, tmp_p
     for seconds in (0.4, 0.9):
         process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(store)], cwd=tmp_path)
         deadline = time.monotonic() + 60
-        while not list(store.glob("*.safetensors")) and time.monotonic() < deadline:
+        while not list(store.glob("*/state.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(seconds)
         process.kill()
         process.wait()
-        [path] = store.glob("*.safetensors")
-        steps.append(t._load(path, [t._Prepared.of(run, small_bank)], "cpu").step)
+        steps.append(step_of(store, run, small_bank))
     assert 0 < steps[0] <= steps[1]
     same(train([run], small_bank, directory=store)[0], train([run], small_bank)[0])
 

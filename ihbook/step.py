@@ -1,0 +1,125 @@
+"""One optimiser step, and one evaluation, of a family of runs: pure functions, plain or compiled."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ihbook import metrics
+from ihbook.clamps import Plan
+from ihbook.config import ModelConfig, RunConfig
+from ihbook.data import Batch
+from ihbook.model import Params
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+COMPILE_FROM = 10_000  # steps: a compilation takes twenty to forty seconds, and saves some milliseconds at each
+Moments = dict[str, Params]  # the optimiser's state, by kind and weight
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a family runs at every step. `train` updates params and moments in place and returns the losses before, `[run]`;
+    `evaluate` is `metrics.summed`. `compiled` says how."""
+
+    train: Callable[..., Tensor]
+    evaluate: Callable[..., dict[str, Tensor]]
+    compiled: bool
+
+
+def moments_of(params: Params, run: RunConfig) -> Moments:
+    """The optimiser's state before the first step."""
+    kinds = ("exp_avg", "exp_avg_sq") if run.optimiser == "adam" else ()
+    return {kind: {name: torch.zeros_like(p) for name, p in params.items()} for kind in kinds}
+
+
+def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig, scalars: Tensor) -> Tensor:
+    """Adam (or SGD, where there are no moments) on every run's own batch, in place.
+
+    `scalars` are the learning rate and Adam's two bias corrections, 1 − β^step, a tensor so that they may change freely.
+    """
+
+    def total(values: Params) -> tuple[Tensor, Tensor]:
+        losses = metrics.cross_entropy(plan(values, batch, config, query_only=True).logits, batch)
+        return losses.sum(), losses  # the runs share no weight, so that the sum's gradient is each run's own
+
+    gradients, losses = torch.func.grad(total, has_aux=True)(params)
+    lr, correction, correction_sq = scalars.unbind()
+    for name, p in params.items():
+        g = gradients[name]
+        if not moments:
+            p.sub_(lr * g)
+            continue
+        m, v = moments["exp_avg"][name], moments["exp_avg_sq"][name]
+        m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
+        v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+        p.sub_(lr * (m / correction) / ((v / correction_sq).sqrt() + EPSILON))
+    return losses
+
+
+def scalars_of(lr: float, step: int, device: str | torch.device) -> Tensor:
+    """The scalars of optimiser step number `step`, counted from 0."""
+    return torch.tensor([lr, *(1 - beta ** (step + 1) for beta in BETAS)], dtype=torch.float32, device=device)
+
+
+def _any_size(function: Callable[..., dict[str, Tensor] | Tensor]) -> Callable:
+    """Tell the compiler that the run axis may have any length, so that one compilation serves families of any size."""
+
+    def mark(tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.shape[0] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+    def call(params: Params, *args) -> dict[str, Tensor] | Tensor:
+        if not hasattr(params["unembed.bias"], "_dynamo_weak_dynamic_indices"):
+            mark(params.values())
+        for arg in args:
+            if isinstance(arg, Batch):
+                mark(t for t in (arg.ids, arg.labels, arg.bank, arg.noise) if t is not None)
+                torch._dynamo.maybe_mark_dynamic(arg.bank, 1)
+            elif isinstance(arg, Plan):
+                mark(t for t in arg.tensors if not hasattr(t, "_dynamo_weak_dynamic_indices"))
+            elif isinstance(arg, dict):
+                mark(m for kind in arg.values() for m in kind.values() if not hasattr(m, "_dynamo_weak_dynamic_indices"))
+        return function(params, *args)
+
+    return call
+
+
+PLAIN = Program(train_step, metrics.summed, compiled=False)
+
+
+def program(n_steps: int, compile: bool | None, device: str | torch.device) -> Program:
+    """The program for a family that trains for that many steps: compiled where it pays, or as `compile` says."""
+    wanted = n_steps >= COMPILE_FROM if compile is None else compile
+    if not wanted:
+        return PLAIN
+    if torch.device(device).type == "cpu" and not _has_compiler():
+        warnings.warn("there is no C++ compiler, so training is not compiled, and takes two to four times as long; install g++ "
+                      "or clang to change that", stacklevel=2)
+        return PLAIN
+    return _compiled(torch.device(device).type)
+
+
+@cache
+def _compiled(kind: str) -> Program:
+    """One pair of compiled functions for the whole process; each holds a program for every kind of family that it met."""
+    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
+    options = {"fullgraph": True, "mode": "reduce-overhead" if kind == "cuda" else None}
+    train, evaluate = (_any_size(torch.compile(function, **options)) for function in (train_step, metrics.summed))
+    return Program(train, evaluate, compiled=True)
+
+
+def _has_compiler() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return shutil.which(get_cpp_compiler()) is not None
+    except InvalidCxxCompiler:
+        return False

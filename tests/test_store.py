@@ -1,0 +1,221 @@
+"""The store: what is stored is read and not trained, what is damaged is trained again, and nobody's work is lost."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from test_train import RUN, same
+
+from ihbook import clamps, step, train
+from ihbook.__main__ import main
+from ihbook.store import Store, default_root
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "store")
+
+
+def fetch(store, runs, bank):
+    return store.fetch(runs, bank=bank, progress=False)
+
+
+def never(*args):
+    raise AssertionError("a stored run was trained")
+
+
+def test_a_stored_run_is_read_and_not_trained(store, small_bank, monkeypatch):
+    runs = [RUN, replace(RUN, init_seed=6, n_sequences=1600), replace(RUN, clamps=(clamps.Induction((1, 0)),)), RUN]
+    first = fetch(store, runs, small_bank)
+    assert [r.config for r in first] == runs and first[0].weights == first[3].weights != first[1].weights
+    for stored, plain in zip(first, train.train(runs, bank=small_bank, progress=False), strict=True):
+        torch.testing.assert_close(dict(stored.weights.tensors), dict(plain.weights.tensors), atol=1e-5, rtol=1e-4)
+    assert len(list(store.entries())) == 3 and not list(store.root.glob("training/*"))
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=never))
+    for a, b in zip(first, fetch(store, runs, small_bank), strict=True):
+        same(a, b)
+    assert sorted(first[0].checkpoints) == [0, 800, 1600, 2400, 3200]
+    with pytest.raises(KeyError, match="no checkpoint at 5 sequences; there are"):
+        first[0].checkpoints[5]
+
+
+def test_another_bank_is_another_run(store, small_bank, monkeypatch):
+    other = replace(small_bank, features=small_bank.features + 1)
+    a, b = (fetch(store, [RUN], bank)[0] for bank in (small_bank, other))
+    assert a.weights != b.weights and len(list(store.entries())) == 2
+    monkeypatch.setattr(train, "VERSION", 999)
+    assert store.get(train.Prepared.of(RUN, small_bank)) is None
+
+
+def test_a_longer_run_serves_its_beginning(store, small_bank, monkeypatch):
+    run = replace(RUN, eval_every=800)
+    fetch(store, [run], small_bank)
+    [plain] = train.train([replace(run, n_sequences=1600)], bank=small_bank, progress=False)
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=never))
+    [short] = fetch(store, [replace(run, n_sequences=1600)], small_bank)
+    same(short, plain)
+    with pytest.raises(AssertionError, match="was trained"):  # no checkpoint there
+        fetch(store, [replace(run, n_sequences=960)], small_bank)
+    with pytest.raises(AssertionError, match="was trained"):  # a longer one than is stored
+        fetch(store, [replace(run, n_sequences=4000)], small_bank)
+
+
+def test_a_length_that_decides_the_learning_rate_is_part_of_the_run(store, small_bank):
+    run = replace(RUN, eval_every=800, schedule="cosine")
+    long = fetch(store, [run], small_bank)[0]
+    assert fetch(store, [replace(run, n_sequences=1600)], small_bank)[0].weights != long.checkpoints[1600]
+
+
+DAMAGE = {"truncated": lambda b: b[:-7], "a bit flipped": lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:],
+          "empty": lambda b: b"", "gone": None}
+FILES = ["config.json", "metrics.parquet", "heads.parquet", "weights.safetensors", "checkpoints/1600.safetensors", "manifest.json"]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, small_bank):
+    """A store with one run."""
+    store = Store(tmp_path_factory.mktemp("stored"))
+    return store, fetch(store, [RUN], small_bank)[0]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_reported_and_the_run_trained_again(stored, store, small_bank, name, damage):
+    original, first = stored
+    shutil.copytree(original.root, store.root)
+    weights = first.weights
+    [entry] = store.entries()
+    assert {p.relative_to(entry.folder).as_posix() for p in entry.folder.rglob("*") if p.is_file()} >= set(FILES)
+    path = entry.folder / name
+    if DAMAGE[damage]:
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    else:
+        path.unlink()
+    assert list(store.verify()) == [entry.folder]
+    with pytest.warns(UserWarning, match="is damaged"):
+        again = fetch(store, [RUN], small_bank)[0]
+    assert again.weights == weights and not store.verify()
+    pd.testing.assert_frame_equal(again.metrics, first.metrics)
+
+
+SCRIPT = textwrap.dedent("""
+    import sys
+    sys.path.insert(0, {tests!r})
+    from dataclasses import replace
+    import torch
+    from test_train import RUN
+    from ihbook import step, train
+    from ihbook.banks import Bank
+    from ihbook.store import Store
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, 1, 16, generator=generator)
+    bank = Bank(centres + 0.1 * torch.randn(40, 3, 16, generator=generator), None, {{}})
+    runs = [replace(RUN, n_sequences=n, checkpoint_every=0) for n in {lengths}]
+    count = 0
+
+    def counted(*args):
+        global count
+        count += 1
+        return step.train_step(*args)
+
+    step.PLAIN = replace(step.PLAIN, train=counted)
+    train.SAVE_SECONDS = 0.05
+    Store(sys.argv[1]).fetch(runs, bank=bank, progress=False)
+    print(count)
+""")
+
+
+def start(store, tmp_path, lengths):
+    code = SCRIPT.format(tests=str(Path(__file__).parent), lengths=lengths)
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(store.root)], stdout=subprocess.PIPE, text=True)
+
+
+def test_two_processes_train_a_run_once(store, tmp_path, small_bank):
+    processes = [start(store, tmp_path, lengths) for lengths in ([16_000, 32_000], [32_000])]
+    steps = [int(p.communicate(timeout=300)[0]) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0]
+    assert sorted(steps) in ([0, 1000], [500, 1000])  # who came first trained all it needs; the other the rest
+    assert len(list(store.entries())) == 2
+
+
+def test_killed_at_several_moments_and_resumed_bit_for_bit(store, tmp_path, small_bank):
+    """SIGKILL: it may fall in a step, a save, an evaluation, or the storing of results."""
+    lengths = [32_000, 16_000]
+    for seconds in (0.3, 0.05, 0.6, 0.2):
+        process = start(store, tmp_path, lengths)
+        deadline = time.monotonic() + 120
+        seen = set(store.root.glob("training/*/state.safetensors"))
+        stamp = {p: p.stat().st_mtime_ns for p in seen}
+        while process.poll() is None and time.monotonic() < deadline:
+            now = list(store.root.glob("training/*/state.safetensors"))
+            if any(stamp.get(p) != p.stat().st_mtime_ns for p in now):
+                break
+            time.sleep(0.005)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    runs = [replace(RUN, n_sequences=n, checkpoint_every=0) for n in lengths]
+    whole = train.train(runs, bank=small_bank, progress=False)
+    for a, b in zip(whole, fetch(store, runs, small_bank), strict=True):
+        same(a, b)
+
+
+def test_a_store_that_cannot_be_written_is_a_clear_error(small_bank, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="IHBOOK_STORE"):
+        fetch(Store(tmp_path / "file" / "store"), [RUN], small_bank)
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(store, small_bank, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_parquet", full)
+        with pytest.raises(OSError, match="No space left.*IHBOOK_STORE"):
+            fetch(store, [RUN], small_bank)
+    assert not list(store.entries())
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=never))
+    assert fetch(store, [RUN], small_bank)[0].config == RUN  # its training was finished, and is stored now
+
+
+def test_the_command_line_lists_verifies_and_prunes(store, small_bank, capsys):
+    fetch(store, [RUN, replace(RUN, init_seed=9, clamps=(clamps.PerfectLayer1(), clamps.Copy((1, 0))))], small_bank)
+    root = ["--root", str(store.root)]
+    assert main(["store", "list", *root]) == 0
+    listed = capsys.readouterr().out
+    assert "seed 9, PerfectLayer1 + Copy" in listed and "seed 5, no clamp" in listed and "MB in all" in listed
+    assert main(["store", "verify", *root]) == 0 and "2 runs are whole, 0 damaged" in capsys.readouterr().out
+    [first, _] = store.entries()
+    (first.folder / "weights.safetensors").write_bytes(b"")
+    assert main(["store", "verify", *root]) == 1 and "weights.safetensors is not what was written" in capsys.readouterr().out
+    assert main(["store", "prune", *root]) == 0 and first.folder.name in capsys.readouterr().out
+    assert len(list(store.entries())) == 1
+    os.utime(next(store.entries()).folder, (0, 0))
+    assert len(store.prune(days=1)) == 1 and not list(store.entries())
+
+
+def test_where_the_store_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path / "elsewhere"))
+    assert default_root() == tmp_path / "elsewhere"
+    monkeypatch.delenv("IHBOOK_STORE")
+    assert default_root().name == "ihbook"
+
+
+def test_what_a_folder_says_of_itself(store, small_bank):
+    fetch(store, [RUN], small_bank)
+    [entry] = store.entries()
+    assert entry.config["run"]["n_sequences"] == 3200 and entry.config["bank"]["digest"] == small_bank.digest
+    assert json.loads((entry.folder / "manifest.json").read_text()).keys() >= {"config.json", "weights.safetensors"}

@@ -170,8 +170,8 @@ def label_pairs(train: torch.Tensor, test: torch.Tensor, n_labels: int) -> Pictu
     axes.tick_params(length=0)
     sns.despine(ax=axes, left=True, bottom=True)
     for i, (name, pairs, colour) in enumerate((("train", train, _PALETTE[0]), ("held out", test, _PALETTE[1]))):
-        axes.text(1.0, 0.97 - 0.1 * i, f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} {name}", transform=axes.transAxes, ha="right", va="top",
-                  color=colour, fontsize=10.5)
+        words = f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} {name}"
+        axes.text(1.0, 0.97 - 0.1 * i, words, transform=axes.transAxes, ha="right", va="top", color=colour, fontsize=10.5)
     held = ", ".join(f"{a} with {b}" for a, b in test.tolist()[:10]) + (" and more" if len(test) > 10 else "")
     figure.alt = f"Half a table of {len(train) + len(test)} label pairs; held out are {held or 'none'}."
     return figure

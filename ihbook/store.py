@@ -19,11 +19,11 @@ import platformdirs
 import torch
 from filelock import FileLock, Timeout
 
-from ihbook import train
+from ihbook import family, train
 from ihbook.banks import Bank
 from ihbook.config import RunConfig, encode
+from ihbook.family import Checkpoints, Prepared, Result, writing
 from ihbook.model import load_weights, save_weights
-from ihbook.train import Checkpoints, Prepared, Result, writing
 
 MANIFEST = "manifest.json"
 
@@ -54,7 +54,7 @@ def key(each: Prepared) -> tuple[str, int]:
     """
     run = replace(each.config, bank=replace(each.config.bank, path=None))  # wherever it lies: its digest is what counts
     shape = run if run.schedule == "cosine" else replace(run, n_sequences=run.batch_size)
-    names = [train.VERSION, encode(shape), each.bank.digest]
+    names = [family.VERSION, encode(shape), each.bank.digest]
     return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:24], run.n_steps * run.batch_size
 
 
@@ -72,7 +72,7 @@ class Store:
         that can't be trained, OSError where the store can't be written, KeyboardInterrupt when stopped: what was done is
         kept, and the same call goes on.
         """
-        prepared = train.prepare(runs, bank, device)
+        prepared = family.prepare(runs, bank, device)
         names = [f"{name}-{length}" for name, length in map(key, prepared)]
         found = {name: self.get(each) for name, each in dict(zip(names, prepared, strict=True)).items()}
         missing = {name: each for name, each in zip(names, prepared, strict=True) if found[name] is None}
@@ -89,12 +89,9 @@ class Store:
     def _train(self, missing: dict[str, Prepared], device: str | torch.device, compile: bool | None,
                progress: bool) -> dict[str, Result]:
         names, done = list(missing), {}
-        blocks = train.plan_blocks(list(missing.values()), device) if missing else []
-        for number, block in enumerate(blocks, 1):
-            title = (f"family {number}/{len(blocks)}" if len(blocks) > 1 else "training") if progress else None
-            family = [each for _, each in block]
-            folder = self.root / "training" / train.family_digest(family)
-            for (i, each), result in zip(block, train.train_family(family, folder, device, compile, title), strict=True):
+        blocks = train.plan_blocks(list(missing.values()), device)
+        for block, folder, results in train.train_blocks(blocks, self.root / "training", device, compile, progress):
+            for (i, each), result in zip(block, results, strict=True):
                 done[names[i]] = self.put(each, result)
             shutil.rmtree(folder, ignore_errors=True)
         return done
@@ -144,7 +141,7 @@ class Store:
             folder.parent.mkdir(parents=True, exist_ok=True)
             partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             (partial / "config.json").write_text(json.dumps(
-                {"version": train.VERSION, "run": encode(each.config), "bank": each.bank.metadata | {"digest": each.bank.digest}},
+                {"version": family.VERSION, "run": encode(each.config), "bank": each.bank.metadata | {"digest": each.bank.digest}},
                 indent=1, default=str))
             result.metrics.to_parquet(partial / "metrics.parquet")
             result.heads.to_parquet(partial / "heads.parquet")
@@ -190,7 +187,7 @@ class Store:
         wrong = self.verify()
         old = time.time() - 86_400 * days if days is not None else -float("inf")
         gone = [e.folder for e in self.entries() if everything or e.folder in wrong or e.written < old
-                or e.config.get("version") != train.VERSION]
+                or e.config.get("version") != family.VERSION]
         gone += [*self.root.glob("runs/.*"), *self.root.glob("training/*")]
         for folder in gone:
             shutil.rmtree(folder)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_train import RUN, same
 
-from ihbook import clamps, step, train
+from ihbook import clamps, family, step, train
 from ihbook.__main__ import main
 from ihbook.store import Store, default_root
 
@@ -53,8 +53,8 @@ def test_another_bank_is_another_run(store, small_bank, monkeypatch):
     other = replace(small_bank, features=small_bank.features + 1)
     a, b = (fetch(store, [RUN], bank)[0] for bank in (small_bank, other))
     assert a.weights != b.weights and len(list(store.entries())) == 2
-    monkeypatch.setattr(train, "VERSION", 999)
-    assert store.get(train.Prepared.of(RUN, small_bank)) is None
+    monkeypatch.setattr(family, "VERSION", 999)
+    assert store.get(family.Prepared.of(RUN, small_bank)) is None
 
 
 def test_a_longer_run_serves_its_beginning(store, small_bank, monkeypatch):
@@ -114,7 +114,7 @@ SCRIPT = textwrap.dedent("""
     from dataclasses import replace
     import torch
     from test_train import RUN
-    from ihbook import step, train
+    from ihbook import family, step
     from ihbook.banks import Bank
     from ihbook.store import Store
 
@@ -130,7 +130,7 @@ SCRIPT = textwrap.dedent("""
         return step.train_step(*args)
 
     step.PLAIN = replace(step.PLAIN, train=counted)
-    train.SAVE_SECONDS = 0.05
+    family.SAVE_SECONDS = 0.05
     Store(sys.argv[1]).fetch(runs, bank=bank, progress=False)
     print(count)
 """)

@@ -2,12 +2,14 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +17,8 @@ import pytest
 import torch
 
 from ihbook import clamps, step
-from ihbook import train as t
+from ihbook import family as t
+from ihbook import train as training
 from ihbook.config import ModelConfig, RunConfig, TaskConfig, encode
 from ihbook.model import initial_weights
 
@@ -32,7 +35,7 @@ def same(a, b):
 
 
 def train(runs, bank, **options):
-    return t.train(runs, bank=bank, progress=False, **options)
+    return training.train(runs, bank=bank, progress=False, **options)
 
 
 def test_it_learns_the_task(small_bank):
@@ -89,8 +92,9 @@ class Stop(Exception):
 
 
 @contextmanager
-def stop_at_once():
-    yield lambda: True
+def stop_soon():
+    calls = iter(range(1000))
+    yield lambda: next(calls) > 5
 
 
 @pytest.mark.parametrize("at", [1, 37, 60])
@@ -116,7 +120,7 @@ def test_resumed_training_is_bit_for_bit_the_same(small_bank, tmp_path, monkeypa
 @pytest.mark.parametrize("damage", [lambda b: b[:1000], lambda b: b"", lambda b: b[:-1], lambda b: b"x" * len(b)])
 def test_a_damaged_state_is_reported_and_trained_again(small_bank, tmp_path, monkeypatch, damage):
     whole = train([RUN], small_bank)
-    monkeypatch.setattr(t, "_stop_signals", stop_at_once)
+    monkeypatch.setattr(training, "_stop_signals", stop_soon)
     with pytest.raises(KeyboardInterrupt):
         train([RUN], small_bank, directory=tmp_path)
     monkeypatch.undo()
@@ -154,8 +158,8 @@ def step_of(directory, run, bank):
 SCRIPT = """
 import sys, torch
 from tests_of_resume import BANK, RUN
-from ihbook import train
-train.SAVE_SECONDS = 0.05
+from ihbook import family, train
+family.SAVE_SECONDS = 0.05
 train.train([RUN], bank=BANK, directory=sys.argv[1], progress=False)
 """
 
@@ -250,7 +254,7 @@ def test_bad_runs_are_named(bad):
 
 def test_nothing_to_train_is_an_error():
     with pytest.raises(ValueError, match="no runs"):
-        t.train([])
+        training.train([])
 
 
 def test_digests_name_values():
@@ -264,3 +268,96 @@ def test_digests_name_values():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == RunConfig().digest
     with pytest.raises(TypeError, match="digest"):
         encode(object())
+
+
+# Blocks in processes of their own, which long runs get on a CPU.
+
+@dataclass(frozen=True)
+class Own:
+    """A clamp that only this file knows: it has to travel by value."""
+
+    def writes(self, shape):
+        return [clamps.Write("v", 1, ~shape.zeros("v"), ((0.5, None),))]
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """As on a machine of two cores, with runs that count as long but are not compiled."""
+    monkeypatch.setattr(step, "COMPILE_FROM", 50)
+    monkeypatch.setattr(training, "n_cores", lambda: 2)
+
+
+def many(n_sequences=RUN.n_sequences):
+    short = replace(RUN, n_sequences=320)
+    return [short, *training.seeds(replace(RUN, n_sequences=n_sequences), 5), replace(RUN, n_sequences=n_sequences, clamps=(Own(),))]
+
+
+def test_processes_give_what_this_process_gives(small_bank, processes, tmp_path):
+    runs = many()
+    blocks = training.plan_blocks(t.prepare(runs, small_bank))
+    assert sorted(len(block) for block in blocks) == [3, 4] and sorted(i for block in blocks for i, _ in block) == list(range(7))
+    results = train(runs, small_bank, directory=tmp_path, compile=False)
+    assert [r.config for r in results] == runs and not list(tmp_path.iterdir())
+    for block in blocks:
+        family = [each for _, each in block]
+        for (i, _), expected in zip(block, t.train_family(family, tmp_path / "here", compile=False), strict=True):
+            same(results[i], expected)
+        shutil.rmtree(tmp_path / "here")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_processes_stop_save_and_go_on(small_bank, processes, tmp_path, number):
+    runs = many(24_000)
+    whole = train(runs, small_bank, compile=False)
+
+    def interrupt():  # when both have begun
+        while len(list(tmp_path.glob("*/run-0/*.safetensors"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt, match="same call goes on"):
+        train(runs, small_bank, directory=tmp_path, compile=False)
+    assert list(tmp_path.glob("*/state.safetensors"))
+    for a, b in zip(whole, train(runs, small_bank, directory=tmp_path, compile=False), strict=True):
+        same(a, b)
+
+
+def test_a_failing_process_is_reported(small_bank, processes, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="choose another directory"):
+        train(many(), small_bank, directory=tmp_path / "file" / "store", compile=False)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_train as tests
+import torch
+from ihbook import family, step, train
+from ihbook.banks import Bank
+
+generator = torch.Generator().manual_seed(0)
+centres = torch.randn(40, 1, 16, generator=generator)
+bank = Bank(centres + 0.1 * torch.randn(40, 3, 16, generator=generator), None, {{}})
+family.SAVE_SECONDS, step.COMPILE_FROM, train.n_cores = 0.05, 50, lambda: 2
+train.train(tests.many(24_000), bank=bank, directory=sys.argv[1], progress=False, compile=False)
+"""
+
+
+def test_processes_die_with_a_killed_parent_and_the_work_goes_on(small_bank, processes, tmp_path):
+    store, script = tmp_path / "store", KILLED.format(tests=str(Path(__file__).parent))
+    parent = subprocess.Popen([sys.executable, "-c", script, str(store)])
+    deadline = time.monotonic() + 120
+    while len(list(store.glob("*/state.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    time.sleep(3)
+    stamps = {path: path.stat().st_mtime_ns for path in store.glob("*/state.safetensors")}
+    time.sleep(2)
+    assert len(stamps) == 2 and stamps == {path: path.stat().st_mtime_ns for path in stamps}  # nobody writes any more
+    runs = many(24_000)
+    resumed = train(runs, small_bank, directory=store, compile=False)
+    for a, b in zip(resumed, train(runs, small_bank, compile=False), strict=True):
+        same(a, b)

@@ -1,0 +1,356 @@
+"""A family of runs as one program: its state, evaluations and checkpoints; it stops, is saved, and goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ihbook import clamps as clamping
+from ihbook import data, metrics, step
+from ihbook.banks import Bank, load_bank
+from ihbook.config import BankConfig, RunConfig
+from ihbook.data import Batch
+from ihbook.model import Params, Weights, initial_weights, load_weights, save_weights, stack
+
+VERSION = 2  # raise it when a change of code changes a run's numbers: what other versions stored is not read
+CHUNK_STEPS = 256  # steps sampled at once; part of what a training stream is, so a change of it changes results
+EVAL_CHUNK = 250  # sequences evaluated at once, of every run
+SAVE_SECONDS = 45.0
+
+
+class Checkpoints(Mapping[int, Weights]):
+    """A run's weights by sequences seen, read from a folder when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __getitem__(self, sequences: int) -> Weights:
+        if sequences not in set(self):
+            raise KeyError(f"no checkpoint at {sequences} sequences; there are {sorted(self)}")
+        return load_weights(self.folder / f"{sequences}.safetensors")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(int(p.stem) for p in self.folder.glob("[0-9]*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A finished run. Tables are tidy; `sequences` counts the sequences seen.
+
+    `metrics`: sequences, eval_set, metric, value (see `metrics.query_metrics`). `heads`: sequences, layer, head,
+    strength, previous_token, on the `train` evaluation set. `checkpoints`: weights by sequences seen.
+    """
+
+    config: RunConfig
+    metrics: pd.DataFrame
+    heads: pd.DataFrame
+    weights: Weights
+    checkpoints: Mapping[int, Weights]
+
+
+@dataclass
+class _State:
+    """Where a family stands: everything that a resumed run needs. Run axes are over `alive`, indices into the family."""
+
+    step: int
+    alive: list[int]
+    params: Params
+    moments: step.Moments
+    metrics: list[tuple] = field(default_factory=list)  # run, sequences, eval_set, metric, value
+    heads: list[tuple] = field(default_factory=list)  # run, sequences, layer, head, strength, previous_token
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise ValueError for a device that is not at hand."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is not known; choose 'cpu' or 'cuda'") from error
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device={device!r} is not at hand on this machine; choose 'cpu'")
+
+
+def prepare(runs: Sequence[RunConfig], bank: Bank | None = None, device: str | torch.device = "cpu") -> list[Prepared]:
+    """Runs with their data and first weights. Raises ValueError for one that can't be trained."""
+    if not runs:
+        raise ValueError("there are no runs to train; give at least one RunConfig")
+    check_device(device)
+    banks: dict[BankConfig, Bank] = {}
+    for run in runs:
+        if run.bank not in banks:
+            banks[run.bank] = bank or load_bank(run.bank)
+    return [Prepared.of(run, banks[run.bank]) for run in runs]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run with its data and first weights, checked."""
+
+    config: RunConfig
+    bank: Bank
+    splits: data.Splits
+    evals: dict[str, Batch]
+    weights: Weights
+
+    @classmethod
+    def of(cls, run: RunConfig, bank: Bank) -> Prepared:
+        shape = clamping.Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
+        clamping.check(run.clamps, shape)
+        splits = data.split(bank, run.task)
+        weights = run.initial or initial_weights(run.model, bank.dim, run.task.n_labels, run.init_seed)
+        if (weights.config, weights.d_exemplar, weights.n_labels) != (run.model, bank.dim, run.task.n_labels):
+            raise ValueError(f"the initial weights are {weights.config} for exemplar dim {weights.d_exemplar} and "
+                             f"n_labels={weights.n_labels}; the run is {run.model}, dim {bank.dim}, n_labels="
+                             f"{run.task.n_labels}; give weights that match, or none")
+        n_positions = 2 * run.task.n_pairs + 1
+        if run.model.positions == "learned" and n_positions > run.model.max_positions:
+            raise ValueError(f"n_pairs={run.task.n_pairs} makes {n_positions} positions, but max_positions="
+                             f"{run.model.max_positions}; raise it")
+        evals = (data.evaluation_sets(splits, run.eval_seed, run.eval_size)
+                 if run.eval_every or run.heads_every else {})
+        return cls(run, bank, splits, evals, weights)
+
+    @property
+    def program(self) -> tuple:
+        """What runs must have in common to train together."""
+        run = self.config
+        length = run.n_sequences if run.schedule == "cosine" else None
+        return (run.model, run.task.n_pairs, run.task.n_labels, bool(run.task.noise), self.bank.dim, run.batch_size,
+                run.optimiser, run.lr, run.warmup, run.schedule, length, run.eval_size, tuple(self.evals))
+
+    @property
+    def digest(self) -> str:
+        return f"{self.config.digest}-{self.bank.digest[:16]}"
+
+
+def rate(run: RunConfig, sequences: int) -> float:
+    """The learning rate of the step that starts at `sequences` seen: linear warm-up, then constant or cosine to 0."""
+    if sequences < run.warmup:
+        return run.lr * (sequences + run.batch_size) / (run.warmup + run.batch_size)
+    if run.schedule == "constant":
+        return run.lr
+    done = (sequences - run.warmup) / max(1, run.n_sequences - run.warmup)
+    return run.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def due(every: int, step: int, batch_size: int) -> bool:
+    """Whether `step` is the first at or past a multiple of `every` sequences seen."""
+    seen = step * batch_size
+    return bool(every) and (step == 0 or seen // every > (seen - batch_size) // every)
+
+
+def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.device = "cpu", compile: bool | None = None, *,
+                 stopped: Callable[[], bool] = lambda: False,
+                 report: Callable[[int, Tensor | None], None] = lambda run_steps, losses: None) -> list[Result] | None:
+    """Train a block of `train.plan_blocks` as one program. `folder` keeps its state and its checkpoints, which results read.
+
+    `stopped` is asked between steps; where it says so, the state is saved and None returned. `report` is told the
+    run-steps done since it was last told, and now and then the losses. Raises OSError where `folder` can't be written.
+    """
+    first = family[0].config
+    size = first.batch_size
+    state = _load(folder, family, device)
+    if state is None:
+        params = stack([each.weights for each in family], device)
+        state = _State(0, list(range(len(family))), params, step.moments_of(params, first))
+    n_steps = [each.config.n_steps for each in family]
+    report(sum(min(state.step, n) for n in n_steps), None)
+    program = step.program(max(n_steps), compile, device)
+    schedule = _Schedule(family, device, program)
+    saved_at = time.monotonic()
+    with _one_thread(device):
+        while state.alive:
+            leaving = [r for r in state.alive if n_steps[r] == state.step]
+            _record(state, schedule, leaving, folder)
+            if leaving:
+                _leave(state, leaving)
+            if not state.alive or stopped():
+                _save(folder, state)
+                break
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                _save(folder, state)
+                saved_at = time.monotonic()
+            scalars = step.scalars_of(rate(first, state.step * size), state.step, device)
+            losses = program.train(state.params, state.moments, schedule.batch(state), schedule.plan(state), first.model,
+                                   scalars)
+            state.step += 1
+            report(len(state.alive), losses if state.step % 200 == 0 else None)
+    return None if state.alive else [_result(r, each, state, folder) for r, each in enumerate(family)]
+
+
+def _leave(state: _State, leaving: list[int]) -> None:
+    """Take runs out of the family's tensors."""
+    keep = [i for i, r in enumerate(state.alive) if r not in leaving]
+    state.moments = {kind: {name: m[keep] for name, m in moments.items()} for kind, moments in state.moments.items()}
+    state.params = {name: p[keep] for name, p in state.params.items()}
+    state.alive = [state.alive[i] for i in keep]
+
+
+class _Schedule:
+    """What a family's steps read: batches, plans and evaluation sets, made when first needed and kept while they last."""
+
+    def __init__(self, family: Sequence[Prepared], device: str | torch.device, program: step.Program):
+        self.family, self.device, self.program = family, device, program
+        self._chunk: tuple[tuple, Batch] | None = None
+        self._plan: tuple[tuple, clamping.Plan] | None = None
+        self._evals: dict[str, tuple[list[int], Batch]] = {}
+
+    def batch(self, state: _State) -> Batch:
+        """The step's batches, one a run."""
+        size = self.family[0].config.batch_size
+        number, within = divmod(state.step, CHUNK_STEPS)
+        key = (number, *state.alive)
+        if self._chunk is None or self._chunk[0] != key:
+            chunks = [data.training_batch(self.family[r].splits, self.family[r].config.data_seed, number, CHUNK_STEPS * size)
+                      for r in state.alive]
+            self._chunk = (key, data.concatenate(chunks).to(self.device))
+        chunk = self._chunk[1]
+        part = slice(within * size, (within + 1) * size)
+        noise = None if chunk.noise is None else chunk.noise[:, part]
+        return Batch(chunk.bank, chunk.ids[:, part], chunk.labels[:, part], noise)
+
+    def plan(self, state: _State, runs: list[int] | None = None) -> clamping.Plan:
+        """The clamps that hold at this step, of the runs that are alive (or of `runs`, uncached)."""
+        first = self.family[0].config
+        seen = state.step * first.batch_size
+        active = tuple(clamping.active(self.family[r].config.clamps, seen) for r in (runs or state.alive))
+        if runs is None and self._plan is not None and self._plan[0] == active:
+            return self._plan[1]
+        plan = clamping.plan(active, first.model, first.task.n_pairs, device=self.device)
+        if runs is None:
+            self._plan = (active, plan)
+        return plan
+
+    def evals(self, name: str, runs: list[int]) -> Batch:
+        """An evaluation set of each of `runs`."""
+        if name not in self._evals or self._evals[name][0] != runs:
+            batch = data.concatenate([self.family[r].evals[name] for r in runs]).to(self.device)
+            self._evals[name] = (runs, batch)
+        return self._evals[name][1]
+
+
+def _record(state: _State, schedule: _Schedule, leaving: list[int], folder: Path) -> None:
+    """Evaluate the runs whose time it is, and keep checkpoints. A resumed run has recorded its last step already."""
+    family, model = schedule.family, schedule.family[0].config.model
+    size = family[0].config.batch_size
+    seen = state.step * size
+    recorded = {(row[0], row[2]) for row in itertools.takewhile(lambda row: row[1] == seen, reversed(state.metrics))}
+    for name in family[0].evals:
+        runs = [r for r in state.alive if (r, name) not in recorded
+                and (r in leaving or due(family[r].config.eval_every, state.step, size)
+                     or (name == "train" and due(family[r].config.heads_every, state.step, size)))]
+        if not runs:
+            continue
+        rows = [state.alive.index(r) for r in runs]
+        params = state.params if runs == state.alive else {key: p[rows] for key, p in state.params.items()}
+        plan = schedule.plan(state, None if runs == state.alive else runs)
+        values = metrics.evaluate(params, schedule.evals(name, runs), model, plan, chunk=EVAL_CHUNK,
+                                  summed=schedule.program.evaluate)
+        values = {metric: value.tolist() for metric, value in values.items()}
+        strength, previous = values.pop("strength"), values.pop("previous_token")
+        for i, r in enumerate(runs):
+            state.metrics += [(r, seen, name, metric, value[i]) for metric, value in values.items()]
+            if name == "train":
+                state.heads += [(r, seen, layer, head, strength[i][layer][head], previous[i][layer][head])
+                                for layer in range(model.n_layers) for head in range(model.n_heads)]
+    for i, r in enumerate(state.alive):
+        names = ["final"] * (r in leaving)
+        if due(family[r].config.checkpoint_every, state.step, size) or (r in leaving and family[r].config.checkpoint_every):
+            names.append(str(seen))
+        for name in names:
+            weights = Weights(model, {key: p[i] for key, p in state.params.items()})
+            with writing(folder / f"run-{r}" / f"{name}.safetensors") as partial:
+                save_weights(weights, partial)
+
+
+def _result(r: int, each: Prepared, state: _State, folder: Path) -> Result:
+    table = pd.DataFrame([row[1:] for row in state.metrics if row[0] == r], columns=["sequences", "eval_set", "metric", "value"])
+    heads = pd.DataFrame([row[1:] for row in state.heads if row[0] == r],
+                         columns=["sequences", "layer", "head", "strength", "previous_token"])
+    checkpoints = Checkpoints(folder / f"run-{r}")
+    return Result(each.config, table, heads, load_weights(checkpoints.folder / "final.safetensors"), checkpoints)
+
+
+def family_digest(family: Sequence[Prepared]) -> str:
+    """Names a family's folder: the same runs on the same banks, trained by the same version."""
+    return hashlib.sha256(json.dumps([VERSION, [each.digest for each in family]]).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to, moved there when done; OSError says the remedy, and nothing is left."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(f"can't write {path} ({error}); free space there, make it writable, or choose another directory "
+                      "(IHBOOK_STORE names the book's)") from error
+
+
+def _save(folder: Path, state: _State) -> None:
+    """Write the state, whole or not at all."""
+    tensors = {f"params/{name}": p for name, p in state.params.items()}
+    for kind, moments in state.moments.items():
+        tensors |= {f"{kind}/{name}": m for name, m in moments.items()}
+    book = {"step": state.step, "alive": state.alive, "metrics": state.metrics, "heads": state.heads}
+    with writing(folder / "state.safetensors") as partial:
+        save_file({k: t.contiguous().cpu() for k, t in tensors.items()} if state.alive else {"none": torch.zeros(1)}, partial,
+                  metadata={"state": json.dumps(book)})
+
+
+def _load(folder: Path, family: Sequence[Prepared], device: str | torch.device) -> _State | None:
+    """The saved state, or None where there is none. A damaged one is reported, and training starts anew."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            book = json.loads(file.metadata()["state"])
+            parts: dict[str, Params] = defaultdict(dict)
+            for key in file.keys() if book["alive"] else ():
+                part, name = key.split("/", 1)
+                # A copy lies where tensors lie: kernels may round otherwise at another alignment.
+                parts[part][name] = file.get_tensor(key).clone().to(device)
+        names = family[0].weights.tensors if book["alive"] else ()  # in the order of the architecture, which files do not keep
+        parts = {part: {name: tensors[name] for name in names} for part, tensors in parts.items()}
+        return _State(book["step"], book["alive"], parts.pop("params", {}), parts, [tuple(row) for row in book["metrics"]],
+                      [tuple(row) for row in book["heads"]])
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        warnings.warn(f"the saved state {path} is damaged ({error}); training these runs anew", stacklevel=2)
+        return None
+
+
+@contextmanager
+def _one_thread(device: str | torch.device) -> Iterator[None]:
+    """While inside, PyTorch computes on one core: tensors this small gain nothing from a second, and threads that wait for
+    each other at every operation are ten times slower on a machine that has other work."""
+    before = torch.get_num_threads()
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

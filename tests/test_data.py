@@ -160,3 +160,51 @@ def test_concatenated_runs_keep_their_own_banks(small_bank):
     both = data.concatenate(batches)
     for i, batch in enumerate(batches):
         assert torch.equal(both.exemplars[i], batch.exemplars[0])
+
+
+def test_bursts_and_queries_fall_anywhere(small_bank):
+    bursty = draw(small_bank, n_pairs=4, burstiness=2).ids[0]
+    first_twice = (bursty[:, 0] == bursty[:, 1]).float().mean()
+    assert abs(first_twice - 1 / 3) < 0.04  # of the three that may stand beside the first, one is its twin
+    four = draw(small_bank, n_pairs=4).ids[0]
+    place = (four[:, :4] == four[:, 4:]).float().mean(0)
+    assert (place - 0.25).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("zipf", [0.5, 2.0])
+def test_zipf_exponents_and_different_classes(small_bank, zipf):
+    ids = draw(small_bank, zipf=zipf).ids[0]
+    expected = torch.arange(1, 21) ** -zipf
+    counts = torch.bincount(ids[:, 0], minlength=20).float()
+    torch.testing.assert_close(counts / counts.sum(), expected / expected.sum(), atol=0.03, rtol=0)
+    assert (ids[:, 0] != ids[:, 1]).all()
+
+
+def test_noise_stays_with_its_sequences(small_bank):
+    task = TaskConfig(n_classes=20, n_test_classes=10, noise=0.5)
+    splits = data.split(small_bank, task)
+    batch = data.training_batch(splits, 0, 0, 10)
+    assert batch.noise is not None and data.evaluation_sets(splits, 0)["train"].noise is not None
+    assert torch.equal(torch.cat([b.exemplars for b in batch.split(3)], 1), batch.exemplars)
+    assert torch.equal(batch.to("cpu").exemplars, batch.exemplars)
+    assert torch.equal(batch.expand(2).exemplars[1], batch.exemplars[0])
+    other = data.training_batch(splits, 1, 0, 10)
+    assert torch.equal(data.concatenate([batch, other]).exemplars, torch.cat([batch.exemplars, other.exemplars]))
+
+
+def test_evaluation_sets_are_streams_of_their_own(splits):
+    sets = data.evaluation_sets(splits, 0)
+    for name in ("test_relabel", "test_classes"):
+        assert not torch.equal(sets[name].ids, sets["train"].ids)
+    assert not torch.equal(data.training_batch(splits, 0, 0, 1000).ids, sets["train"].ids)
+    trained = {tuple(s) for s in splits.train_sets.tolist()}
+    for name in ("test_exemplars", "test_classes", "train"):
+        assert {tuple(p) for p in sets[name].labels[0, :, :2].sort(1).values.tolist()} == trained
+    ids = sets["test_exemplars"].ids[0]
+    assert 0.3 < (ids[:, :2] == ids[:, 2:]).any(1).float().mean() < 0.7  # the query is drawn afresh, from two
+
+
+def test_sets_that_would_be_empty_are_left_out(small_bank):
+    single = Bank(small_bank.features[:, :1], None, {})
+    sets = data.evaluation_sets(data.split(single, TaskConfig(n_classes=20, n_test_classes=10, n_labels=2)), 0)
+    assert list(sets) == ["train", "test_classes"]

@@ -64,3 +64,22 @@ def test_measure_pairs_networks_with_clamps(networks, batch):
         metrics.measure(networks, batch, [(), (), ()])
     with pytest.raises(ValueError, match="no head 3.0"):
         metrics.measure(networks[0], batch, [(clamps.Ablate((3, 0)),)])
+
+
+def test_the_phase_change_is_of_one_curve_in_order():
+    rows = [(200, "train", "loss", 0.1), (100, "train", "loss", 0.9), (50, "test_classes", "loss", 0.0),
+            (60, "train", "accuracy", 0.1)]
+    curve = pd.DataFrame(rows, columns=["sequences", "eval_set", "metric", "value"])
+    assert metrics.phase_change(curve, 0.5) == pytest.approx(150)
+    assert metrics.phase_change(curve, 0.5, eval_set="test_classes") == 50
+
+
+def test_others_are_all_heads_but_those():
+    assert metrics.others(1, 3, 4) == ((1, 0), (1, 1), (1, 2))
+    assert metrics.others(0, [0, 2], 4) == ((0, 1), (0, 3))
+
+
+def test_a_finished_network_is_measured_at_the_end_of_its_windows(networks, batch):
+    window = clamps.During(clamps.Ablate((1, 3)), 0, 100)
+    found = metrics.measure(networks[0], batch, [(window,), (), (clamps.Ablate((1, 3)),)])["loss"]
+    assert found[0] == found[1] != found[2]

@@ -20,7 +20,8 @@ from ihbook import clamps, step
 from ihbook import family as t
 from ihbook import train as training
 from ihbook.config import ModelConfig, RunConfig, TaskConfig, encode
-from ihbook.model import initial_weights
+from ihbook.metrics import cross_entropy
+from ihbook.model import initial_weights, stack
 
 MODEL = ModelConfig(d_model=16, n_heads=2)
 RUN = RunConfig(task=TaskConfig(n_classes=10, n_test_classes=10), model=MODEL, n_sequences=3200, lr=3e-3, eval_every=1000,
@@ -97,7 +98,7 @@ def stop_soon():
     yield lambda: next(calls) > 5
 
 
-@pytest.mark.parametrize("at", [1, 37, 60])
+@pytest.mark.parametrize("at", [1, 32, 37, 60])
 def test_resumed_training_is_bit_for_bit_the_same(small_bank, tmp_path, monkeypatch, at):
     runs = [RUN, replace(RUN, init_seed=6, n_sequences=1600, clamps=(clamps.During(clamps.Induction((1, 0)), 640, 1280),))]
     whole = train(runs, small_bank)
@@ -361,3 +362,85 @@ def test_processes_die_with_a_killed_parent_and_the_work_goes_on(small_bank, pro
     resumed = train(runs, small_bank, directory=store, compile=False)
     for a, b in zip(resumed, train(runs, small_bank, compile=False), strict=True):
         same(a, b)
+
+
+# What decides a result, one thing at a time.
+
+def test_defaults_are_the_published_settings():
+    run = RunConfig()
+    assert (run.lr, run.batch_size, run.eval_size, run.eval_every, run.init_seed) == (1e-5, 32, 1000, 5000, 5)
+    assert (run.task.n_classes, run.task.n_labels, run.model.n_heads, run.model.d_model) == (50, 5, 8, 64)
+    assert [replace(run, n_sequences=n).n_steps for n in (1, 32, 33)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("changes", [{"data_seed": 9}, {"init_seed": 9}, {"warmup": 320}, {"schedule": "cosine"}, {"lr": 1e-3},
+                                     {"task": replace(RUN.task, noise=0.3)}, {"batch_size": 16}, {"optimiser": "sgd"}])
+def test_it_changes_the_weights(small_bank, changes):
+    plain, other = (train([replace(RUN, eval_every=0, n_sequences=640, **more)], small_bank)[0] for more in ({}, changes))
+    assert plain.weights != other.weights
+
+
+def test_the_eval_seed_changes_evaluations_alone(small_bank):
+    a, b = (train([replace(RUN, n_sequences=640, eval_seed=seed)], small_bank)[0] for seed in (0, 1))
+    assert a.weights == b.weights and a.metrics["value"].tolist() != b.metrics["value"].tolist()
+
+
+@pytest.mark.parametrize("changes", [
+    {"task": replace(RUN.task, noise=0.3)}, {"lr": 1e-3}, {"warmup": 320}, {"schedule": "cosine"}, {"batch_size": 16},
+    {"eval_size": 20}, {"eval_every": 0}, {"optimiser": "sgd"}, {"task": replace(RUN.task, n_labels=6)},
+    {"task": replace(RUN.task, n_pairs=4)}, {"model": replace(MODEL, mlp_ratio=1)},
+])
+def test_runs_of_different_programs_do_not_share_one(small_bank, changes):
+    runs = [RUN, replace(RUN, **changes)]
+    assert len(training.plan_blocks(t.prepare(runs, small_bank))) == 2
+    cosine = [replace(RUN, schedule="cosine"), replace(RUN, schedule="cosine", n_sequences=1600)]
+    assert len(training.plan_blocks(t.prepare(cosine, small_bank))) == 2
+
+
+def test_a_family_of_noisy_runs_with_their_own_evaluations_equals_each_alone(small_bank, monkeypatch):
+    monkeypatch.setattr(t, "CHUNK_STEPS", 16)
+    noisy = replace(RUN, task=replace(RUN.task, noise=0.3), checkpoint_every=0)
+    runs = [noisy, replace(noisy, eval_seed=4, n_sequences=2000), replace(noisy, data_seed=7, eval_every=700)]
+    for run, together in zip(runs, train(runs, small_bank), strict=True):
+        [alone] = train([run], small_bank)
+        pd.testing.assert_frame_equal(together.metrics, alone.metrics, atol=5e-3, rtol=1e-3)
+
+
+def test_every_step_has_sequences_of_its_own(small_bank, monkeypatch):
+    monkeypatch.setattr(t, "CHUNK_STEPS", 4)
+    family = t.prepare([RUN], small_bank)
+    schedule = t._Schedule(family, "cpu", step.PLAIN)
+    batches = [schedule.batch(t._State(i, [0], {}, {})) for i in range(12)]
+    assert len({tuple(b.ids.flatten().tolist()) for b in batches}) == 12
+
+
+def test_steps_are_those_of_torch(small_bank):
+    """Adam and SGD, against PyTorch's own, with gradients of every size."""
+    for optimiser, reference in (("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)):
+        run = replace(RUN, optimiser=optimiser, lr=0.01)
+        [each] = t.prepare([run], small_bank)
+        schedule = t._Schedule([each], "cpu", step.PLAIN)
+        ours, theirs = stack([each.weights]), {name: p.requires_grad_() for name, p in stack([each.weights]).items()}
+        moments, other = step.moments_of(ours, run), reference(theirs.values(), lr=0.01)
+        for i in range(5):
+            state = t._State(i, [0], ours, moments)
+            batch, plan = schedule.batch(state), schedule.plan(state)
+            step.train_step(ours, moments, batch, plan, run.model, step.scalars_of(0.01, i, "cpu"))
+            other.zero_grad()
+            cross_entropy(plan(theirs, batch, run.model).logits, batch).sum().backward()
+            other.step()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name].detach(), atol=2e-5, rtol=1e-4)
+
+
+def test_digests_reach_every_field():
+    runs = [RUN, replace(RUN, data_seed=1), replace(RUN, task=replace(RUN.task, zipf=1.0)), replace(RUN, eval_seed=1),
+            *(replace(RUN, clamps=(clamps.During(clamps.Copy((1, 0)), a, b),)) for a, b in ((0, 5), (0, None), (3, None)))]
+    assert len({run.digest for run in runs}) == len(runs)
+
+
+def test_a_family_is_of_its_bank(small_bank):
+    other = replace(small_bank, features=small_bank.features + 1)
+    assert t.family_digest(t.prepare([RUN], small_bank)) != t.family_digest(t.prepare([RUN], other))
+    assert len({(run.init_seed, run.data_seed) for run in training.seeds(RUN, 3)}) == 3
+    assert len({run.data_seed for run in training.seeds(RUN, 3)}) == 3

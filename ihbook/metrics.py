@@ -25,7 +25,7 @@ def query_metrics(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
     loss (nats), accuracy, probability of the right label; the same three with the labels not in context masked out
     (`in_context_…`); and `context_probability`, all that is given to labels in context (§1).
     """
-    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(2, batch.labels[:, :, :-1], True)
+    seen = (batch.labels[:, :, :-1, None] == torch.arange(logits.shape[2], device=logits.device)).any(2)
     target = batch.targets.unsqueeze(2)
     result = {}
     for prefix, masked in (("", logits), ("in_context_", logits.masked_fill(~seen, -math.inf))):

@@ -210,7 +210,7 @@ def select(table: Tensor, index: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return table.gather(2, flat.expand(-1, table.shape[1], -1)).unflatten(2, (n_positions, n_batch))
     # A product with a one-hot matrix, whose gradient is a product too, where a gather's would be a slow scatter.
-    one_hot = table.new_zeros(n_runs, table.shape[2], flat.shape[2]).scatter_(1, flat, 1.0)
+    one_hot = (flat == torch.arange(table.shape[2], device=table.device)[:, None]).to(table.dtype)
     return (table @ one_hot).unflatten(2, (n_positions, n_batch))
 
 

@@ -227,7 +227,7 @@ def loss_curves(table: pd.DataFrame, eval_sets: Sequence[str] = tuple(_EVAL_SETS
         for x, y in (published or {}).get(name, ()):
             axes.plot(x, y, "o", mfc="white", mec=colour, ms=6.5, mew=1.6, clip_on=False, zorder=5)
     axes.axhline(LN2, color=MUTED, ls=(0, (4, 3)), lw=1)
-    axes.text(last, LN2, "ln 2", color=MUTED, ha="right", va="bottom", fontsize=9.5)
+    axes.text(0.72 * last, LN2, "ln 2", color=MUTED, ha="center", va="bottom", fontsize=9.5)
     top = max(1.0, min(2.4, losses["value"].max() * 1.04))
     axes.set(ylim=(-0.02 * top, top), ylabel="loss at the query (nats)")
     _millions(axes, last)

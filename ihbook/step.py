@@ -6,7 +6,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -67,8 +66,9 @@ def scalars_of(lr: float, step: int, device: str | torch.device) -> Tensor:
     return torch.tensor([lr, *(1 - beta ** (step + 1) for beta in BETAS)], dtype=torch.float32, device=device)
 
 
-def _any_size(function: Callable[..., dict[str, Tensor] | Tensor]) -> Callable:
-    """Tell the compiler that the run axis may have any length, so that one compilation serves families of any size."""
+def _compiling(plain: Callable) -> Callable:
+    """`plain`, compiled at its first call, for families of any size; where that fails, one warning, and `plain` itself."""
+    function = torch.compile(plain, fullgraph=True)
 
     def mark(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -76,6 +76,7 @@ def _any_size(function: Callable[..., dict[str, Tensor] | Tensor]) -> Callable:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def call(params: Params, *args) -> dict[str, Tensor] | Tensor:
+        nonlocal function
         if not hasattr(params["unembed.bias"], "_dynamo_weak_dynamic_indices"):
             mark(params.values())
         for arg in args:
@@ -86,7 +87,13 @@ def _any_size(function: Callable[..., dict[str, Tensor] | Tensor]) -> Callable:
                 mark(t for t in arg.tensors if not hasattr(t, "_dynamo_weak_dynamic_indices"))
             elif isinstance(arg, dict):
                 mark(m for kind in arg.values() for m in kind.values() if not hasattr(m, "_dynamo_weak_dynamic_indices"))
-        return function(params, *args)
+        try:
+            return function(params, *args)
+        except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything has run
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
+            function = plain
+            return plain(params, *args)
 
     return call
 
@@ -103,16 +110,8 @@ def program(n_steps: int, compile: bool | None, device: str | torch.device) -> P
         warnings.warn("there is no C++ compiler, so training is not compiled, and takes two to four times as long; install g++ "
                       "or clang to change that", stacklevel=2)
         return PLAIN
-    return _compiled(torch.device(device).type)
-
-
-@cache
-def _compiled(kind: str) -> Program:
-    """One pair of compiled functions for the whole process; each holds a program for every kind of family that it met."""
-    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
-    options = {"fullgraph": True, "mode": "reduce-overhead" if kind == "cuda" else None}
-    train, evaluate = (_any_size(torch.compile(function, **options)) for function in (train_step, metrics.summed))
-    return Program(train, evaluate, compiled=True)
+    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)  # a program a kind of family
+    return Program(_compiling(train_step), _compiling(metrics.summed), compiled=True)
 
 
 def _has_compiler() -> bool:

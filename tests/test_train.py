@@ -444,3 +444,47 @@ def test_a_family_is_of_its_bank(small_bank):
     assert t.family_digest(t.prepare([RUN], small_bank)) != t.family_digest(t.prepare([RUN], other))
     assert len({(run.init_seed, run.data_seed) for run in training.seeds(RUN, 3)}) == 3
     assert len({run.data_seed for run in training.seeds(RUN, 3)}) == 3
+
+
+@dataclass(frozen=True)
+class Untraceable:
+    """A clamp whose source can't be compiled."""
+
+    def writes(self, shape):
+        return [clamps.Write("v", 1, ~shape.zeros("v"), ((1.0, self.source),))]
+
+    @staticmethod
+    def source(acts):
+        torch._dynamo.graph_break()
+        return acts["resid_pre", 1].unflatten(3, (2, 8))
+
+
+@pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
+def test_what_cannot_be_compiled_is_trained_all_the_same(small_bank):
+    run = replace(RUN, clamps=(Untraceable(),), n_sequences=320)
+    with pytest.warns(UserWarning, match="training is not compiled"):
+        [found] = train([run], small_bank, compile=True)
+    same(found, train([run], small_bank, compile=False)[0])
+
+
+def test_without_a_compiler_training_is_plain_and_says_so(small_bank, monkeypatch):
+    monkeypatch.setattr(step, "_has_compiler", lambda: False)
+    with pytest.warns(UserWarning, match="no C.. compiler") as warned:
+        [found] = train([replace(RUN, n_sequences=320)], small_bank, compile=True)
+    assert len(warned) == 1
+    same(found, train([replace(RUN, n_sequences=320)], small_bank, compile=False)[0])
+
+
+@pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
+def test_compiled_training_is_resumed_bit_for_bit_too(small_bank, tmp_path, monkeypatch):
+    runs = training.seeds(replace(RUN, n_sequences=1600), 2)
+    whole = train(runs, small_bank, compile=True)
+    plain = train(runs, small_bank, compile=False)
+    monkeypatch.setattr(training, "_stop_signals", stop_soon)
+    with pytest.raises(KeyboardInterrupt):
+        train(runs, small_bank, compile=True, directory=tmp_path)
+    monkeypatch.undo()
+    resumed = train(runs, small_bank, compile=True, directory=tmp_path)
+    for a, b, c in zip(whole, resumed, plain, strict=True):
+        same(a, b)
+        pd.testing.assert_frame_equal(a.metrics, c.metrics, atol=5e-3, rtol=1e-3)

@@ -9,9 +9,10 @@ Writing one's own takes a frozen dataclass with a method `writes(shape)` that re
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -78,12 +79,21 @@ class Clamp(Protocol):
 
 
 def _heads(heads) -> tuple[Head, ...]:
-    if len(heads) == 2 and all(isinstance(x, int) for x in heads):
-        heads = (heads,)
-    result = tuple((int(layer), int(head)) for layer, head in heads)
+    try:
+        pairs = [tuple(heads)] if len(heads) == 2 and not hasattr(heads[0], "__len__") else [tuple(pair) for pair in heads]
+        result = tuple((_index(layer), _index(head)) for layer, head in pairs)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"heads={heads!r} is neither a (layer, head) pair of whole numbers nor a list of them") from error
     if not result or len(set(result)) != len(result):
         raise ValueError(f"heads={heads!r} must be one or more different (layer, head) pairs, counted from zero")
     return result
+
+
+def _index(number) -> int:
+    """A whole number, also NumPy's or a tensor's; TypeError for what is none."""
+    if isinstance(number, bool):
+        raise TypeError(f"{number} is not a whole number")
+    return operator.index(number)
 
 
 def _by_layer(clamp: Clamp, heads: tuple[Head, ...], shape: Shape) -> dict[int, list[int]]:
@@ -98,7 +108,7 @@ def _by_layer(clamp: Clamp, heads: tuple[Head, ...], shape: Shape) -> dict[int, 
 
 
 def _fraction(clamp: Clamp, name: str, value: float) -> None:
-    if not 0 <= value <= 1:
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{type(clamp).__name__}: {name}={value!r} is out of range; it must be from 0 to 1")
 
 
@@ -140,7 +150,8 @@ class Preserve:
     """`what` ("patterns", "values", "queries" or "keys") of every layer is taken from a pass with no clamps at all.
 
     Gradients flow through that pass too. Whatever another clamp sets wins: the ablated values, a clamped pattern, the
-    row of a pattern whose scores are clamped, Layer 2 under `PerfectLayer1`. Preserving patterns lets only the values
+    row of a pattern whose scores are clamped, Layer 2 under `PerfectLayer1`. A part that is grafted above is the donor's
+    in that pass too. Preserving patterns lets only the values
     path feel an ablation; values, only the patterns; both, only the direct connection to the output.
     """
 
@@ -363,7 +374,10 @@ class Copy:
     head: Head
 
     def __post_init__(self):
-        object.__setattr__(self, "head", _heads(self.head)[0])
+        heads = _heads(self.head)
+        if len(heads) > 1:
+            raise ValueError(f"Copy: head={self.head!r} is more than one; logits are copied from one head")
+        object.__setattr__(self, "head", heads[0])
 
     def writes(self, shape: Shape) -> list[Write]:
         _by_layer(self, (self.head,), shape)
@@ -420,6 +434,17 @@ class Graft:
 
     def __post_init__(self):
         one_of("Graft: part", self.part, ("below", "above"))
+        if not isinstance(self.donor, Weights):
+            raise ValueError(f"Graft: donor={self.donor!r} must be a network's Weights, such as a result's `weights`")
+
+    def check_donor(self, network: Weights) -> None:
+        """Raise ValueError unless the donor's architecture, exemplar dim and label count are the network's."""
+        for name, own, donors in (("architecture", replace(network.config, init_scale=1.0),
+                                   replace(self.donor.config, init_scale=1.0)),
+                                  ("exemplar dim", network.d_exemplar, self.donor.d_exemplar),
+                                  ("n_labels", network.n_labels, self.donor.n_labels)):
+            if own != donors:
+                raise ValueError(f"{self}: the donor's {name} is {donors}, the network's {own}; graft like on like")
 
     def writes(self, shape: Shape) -> list[Write]:
         if not 0 <= self.after_layer < shape.n_layers - 1:
@@ -443,7 +468,8 @@ class AblateEmbedding:
 class During:
     """A clamp in a window of training: on from `start` until `until` sequences seen (None: to the end), else off.
 
-    `start` is included, `until` is not. A finished network is at its run's last number of sequences seen.
+    A step is in the window where the number of sequences seen before it is: `start` is included, `until` is not. Analyses
+    of finished networks (`run`, `metrics.measure`) are after every window that ends.
     """
 
     clamp: Clamp
@@ -451,7 +477,7 @@ class During:
     until: int | None = None
 
     def __post_init__(self):
-        if self.start < 0 or (self.until is not None and self.until <= self.start):
+        if not self.start >= 0 or (self.until is not None and not self.until > self.start):
             raise ValueError(f"During: start={self.start}, until={self.until} is no window; it needs 0 ≤ start < until")
         if isinstance(self.clamp, During):
             raise ValueError("During: a window in a window; give the clamp itself, with the window that both share")
@@ -564,8 +590,6 @@ def plan(clamps: Sequence[Sequence[Clamp]], config: ModelConfig, n_pairs: int, *
     if any(donors):
         filler = next(graft for graft in donors if graft)
         donor = {name: p.to(dtype) for name, p in stack([(g or filler).donor for g in donors], device).items()}
-        if filler.donor.config != config:
-            raise ValueError(f"{filler}: the donor is {filler.donor.config}, the network {config}; graft like on like")
         for name in donor:
             mask = torch.tensor([g is not None and g.part == "above" and _after(name, g.after_layer) for g in donors])
             if mask.any():
@@ -613,6 +637,12 @@ def _override(site: Site, families: list, shape: Shape, dtype: torch.dtype, devi
 def run(weights: Weights, batch: Batch, clamps: Sequence[Clamp] = (), *, query_only: bool = False) -> Activations:
     """One network's activations on a batch of one run, under `clamps`. Without windows; gradients are on as usual."""
     n_pairs = batch.labels.shape[2] - 1
+    if not 0 <= batch.labels.min() <= batch.labels.max() < weights.n_labels:
+        raise ValueError(f"labels are from {batch.labels.min()} to {batch.labels.max()}, but the network has n_labels="
+                         f"{weights.n_labels}; they must be from 0 to {weights.n_labels - 1}")
+    for clamp in clamps:
+        if isinstance(clamp, Graft):
+            clamp.check_donor(weights)
     check(clamps, Shape(weights.config.n_layers, weights.config.n_heads, n_pairs))
     family = plan([active(clamps, float("inf"))], weights.config, n_pairs, dtype=weights.tensors["unembed.bias"].dtype)
     return family(stack([weights]), batch, weights.config, query_only=query_only)

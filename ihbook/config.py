@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
 
 def at_least(name: str, value: float, least: float) -> None:
     """Raise ValueError unless `value` is a number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
         raise ValueError(f"{name}={value!r} must be a number of at least {least}")
 
 
@@ -184,6 +185,8 @@ class RunConfig:
     checkpoint_every: int = 0
 
     def __post_init__(self):
+        if hasattr(self.clamps, "writes"):
+            raise ValueError(f"clamps={self.clamps!r} is one clamp; give a list of them, clamps=[...]")
         object.__setattr__(self, "clamps", tuple(self.clamps))
         for name in ("init_seed", "data_seed", "eval_seed", "warmup", "eval_every", "heads_every",
                      "checkpoint_every"):
@@ -192,7 +195,8 @@ class RunConfig:
             whole(name, getattr(self, name), 1)
         one_of("optimiser", self.optimiser, OPTIMISERS)
         one_of("schedule", self.schedule, SCHEDULES)
-        if not self.lr > 0:
+        at_least("lr", self.lr, 0)
+        if not self.lr:
             raise ValueError(f"lr={self.lr!r} must be positive")
 
     @property
@@ -206,6 +210,16 @@ class RunConfig:
         return hashlib.sha256(json.dumps(encode(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _code(kind: type) -> str:
+    """A digest of what a class's methods do, so that an edited one is another."""
+    digest = hashlib.sha256()
+    for name, method in sorted(vars(kind).items()):
+        code = getattr(method, "__code__", None)
+        if code is not None and not name.startswith("__"):
+            digest.update(code.co_code + repr([c for c in code.co_consts if not hasattr(c, "co_code")]).encode())
+    return digest.hexdigest()[:16]
+
+
 def encode(value: Any) -> Any:
     """`value` as plain JSON data. Dataclasses become {"type": name, field: ...}; weights their digest.
 
@@ -215,9 +229,12 @@ def encode(value: Any) -> Any:
         return {"type": type(value).__name__, "digest": value.content_digest}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
+        own = type(value).__module__.partition(".")[0] != "ihbook"  # a reader's clamp, which may change under its name
+        return {"type": type(value).__name__, **fields, **({"code": _code(type(value))} if own else {})}
     if isinstance(value, (tuple, list)):
         return [encode(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)  # 1.0 and 1 are equal values, and must have one name
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"{value!r} can't be part of a run's digest; use numbers, strings, tuples and dataclasses")

@@ -179,7 +179,8 @@ def sample(splits: Splits, n: int, generator: torch.Generator, *, exemplars: Ten
     n_classes = len(exemplars)
     if task.zipf:
         weights = torch.arange(1, n_classes + 1, dtype=torch.float64) ** -task.zipf
-        classes = torch.multinomial(weights.expand(n, -1), ways, generator=generator)
+        classes = torch.multinomial(weights.expand(n, -1), ways, generator=generator)  # the most frequent come first
+        classes = classes.gather(1, torch.rand(n, ways, generator=generator).argsort(1))
     else:
         classes = torch.randint(0, n_classes, (n, ways), generator=generator)
         for way in range(1, ways):  # a uniform draw among those not yet taken, without a permutation of every class

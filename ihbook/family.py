@@ -121,6 +121,10 @@ class Prepared:
             raise ValueError(f"the initial weights are {weights.config} for exemplar dim {weights.d_exemplar} and "
                              f"n_labels={weights.n_labels}; the run is {run.model}, dim {bank.dim}, n_labels="
                              f"{run.task.n_labels}; give weights that match, or none")
+        for clamp in run.clamps:
+            graft = clamp.clamp if isinstance(clamp, clamping.During) else clamp
+            if isinstance(graft, clamping.Graft):
+                graft.check_donor(weights)
         n_positions = 2 * run.task.n_pairs + 1
         if run.model.positions == "learned" and n_positions > run.model.max_positions:
             raise ValueError(f"n_pairs={run.task.n_pairs} makes {n_positions} positions, but max_positions="

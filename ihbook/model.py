@@ -385,8 +385,9 @@ def load_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); delete it and train or copy it again") from error
-    if config is None:
-        if "config" not in metadata:
-            raise ValueError(f"{path} does not say its architecture; pass config=ModelConfig(...)")
-        config = ModelConfig(**json.loads(metadata["config"]))
-    return Weights(config, tensors)
+    stored = ModelConfig(**json.loads(metadata["config"])) if "config" in metadata else config
+    if stored is None:
+        raise ValueError(f"{path} does not say its architecture; pass config=ModelConfig(...)")
+    if config is not None and config != stored:
+        raise ValueError(f"{path} holds a network of {stored}, not of {config}; leave config out")
+    return Weights(stored, tensors)

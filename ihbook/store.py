@@ -123,7 +123,9 @@ class Store:
             if int(folder.name.rsplit("-", 1)[1]) < length:
                 continue
             try:
-                result = _cut(_read(folder, each.config), length)
+                result = _read(folder, each.config)
+                if int(folder.name.rsplit("-", 1)[1]) > length:
+                    result = _cut(result, length)
             except Damaged as error:
                 warnings.warn(f"the stored run {folder} is damaged ({error}); it is removed, and will be trained again",
                               stacklevel=3)
@@ -224,9 +226,7 @@ def _read(folder: Path, run: RunConfig) -> Result:
 
 
 def _cut(result: Result, length: int) -> Result | None:
-    """The result's first `length` sequences, or None where it has no weights or no evaluation there."""
-    if result.metrics.empty or result.metrics["sequences"].max() == length:
-        return result
+    """The first `length` sequences of a longer result, or None where it has no weights or no evaluation there."""
     run = result.config
     evaluated = set(result.metrics[result.metrics["sequences"] == length]["eval_set"])
     if length not in result.checkpoints or evaluated != set(result.metrics["eval_set"]):

@@ -45,11 +45,14 @@ def train(runs: Sequence[RunConfig], *, bank: Bank | None = None, directory: str
     Raises ValueError for a run that can't be trained, before any is.
     """
     results: list[Result | None] = [None] * len(runs)
+    finished_folders = []
     with tempfile.TemporaryDirectory() as temporary:
         blocks = plan_blocks(prepare(runs, bank, device), device)
         for block, folder, finished in train_blocks(blocks, Path(directory or temporary), device, compile, progress):
             for (i, _), result in zip(block, finished, strict=True):
                 results[i] = replace(result, checkpoints=dict(result.checkpoints))
+            finished_folders.append(folder)
+        for folder in finished_folders:  # only now: a call that is stopped must not lose the blocks that it had finished
             shutil.rmtree(folder)
     return results
 

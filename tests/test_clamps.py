@@ -1,13 +1,15 @@
 """Clamps: what they set, their gradient rule, how they compose, and what they refuse."""
 
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 import torch
 from cases import clamps as golden_clamps
 
 from ihbook import clamps as c
-from ihbook.config import ModelConfig
+from ihbook.config import ModelConfig, RunConfig
 from ihbook.data import from_exemplars
 from ihbook.metrics import cross_entropy
 from ihbook.model import forward, initial_weights, stack
@@ -317,12 +319,24 @@ def test_layer_1_clamp_needs_two_layers():
 @pytest.mark.parametrize("make", [
     lambda: c.Induction((1, 3), 1.5), lambda: c.PreviousToken((0, 1), -0.1), lambda: c.HeadTemperature((1, 1), 0),
     lambda: c.SimilarityMatch((1, 1), -1), lambda: c.Preserve("pattern"), lambda: c.Graft(None, part="left"),
-    lambda: c.Ablate(()), lambda: c.Ablate(((1, 1), (1, 1))), lambda: c.During(c.Copy((1, 1)), 5, 5),
+    lambda: c.Graft(None), lambda: c.Ablate("10"), lambda: c.Ablate((1.0, 3.0)), lambda: c.Ablate((True, 1)),
+    lambda: c.Copy(((1, 0), (1, 1))), lambda: c.Induction((1, 3), "1"), lambda: c.During(c.Copy((1, 1)), math.nan),
+    lambda: RunConfig(clamps=c.Copy((1, 1))), lambda: c.Ablate(()), lambda: c.Ablate(((1, 1), (1, 1))), lambda: c.During(c.Copy((1, 1)), 5, 5),
     lambda: c.During(c.During(c.Copy((1, 1))), 5), lambda: c.Induction((1, 3), float("nan")),
 ])
 def test_bad_values_are_refused_when_made(make):
     with pytest.raises(ValueError):
         make()
+
+
+def test_heads_may_come_from_measurements():
+    assert c.Ablate((1, torch.tensor([1, 5, 2]).argmax())).heads == ((1, 1),)
+    assert c.Ablate(np.array([[1, 0], [1, 2]])).heads == ((1, 0), (1, 2)) and c.Copy((np.int64(1), 3)).head == (1, 3)
+
+
+def test_labels_out_of_range_are_named(networks, batch):
+    with pytest.raises(ValueError, match="n_labels=5"):
+        c.run(networks[0], dataclasses.replace(batch, labels=batch.labels + 3))
 
 
 def test_something_else_is_not_a_clamp():

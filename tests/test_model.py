@@ -99,6 +99,9 @@ def test_damaged_or_missing_weights_are_named(tmp_path):
         m.Weights(ModelConfig(n_layers=1), weights.tensors)
     with pytest.raises(ValueError, match="exemplar_embed"):
         m.Weights(ModelConfig(), {})
+    m.save_weights(weights, path)
+    with pytest.raises(ValueError, match="holds a network of .*n_heads=8.*, not of .*n_heads=4"):
+        m.load_weights(path, ModelConfig(n_heads=4))
     with pytest.raises(ValueError, match="one architecture"):
         m.stack([weights, m.initial_weights(ModelConfig(n_heads=4), 16, 5, 0)])
 

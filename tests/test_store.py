@@ -70,6 +70,12 @@ def test_a_longer_run_serves_its_beginning(store, small_bank, monkeypatch):
         fetch(store, [replace(run, n_sequences=4000)], small_bank)
 
 
+def test_a_longer_run_without_evaluations_serves_nothing_else(store, small_bank):
+    run = replace(RUN, eval_every=0, checkpoint_every=0)
+    long, short = (fetch(store, [replace(run, n_sequences=n)], small_bank)[0] for n in (960, 320))
+    assert long.weights != short.weights
+
+
 def test_a_length_that_decides_the_learning_rate_is_part_of_the_run(store, small_bank):
     run = replace(RUN, eval_every=800, schedule="cosine")
     long = fetch(store, [run], small_bank)[0]

@@ -237,6 +237,9 @@ def test_sgd_follows_the_gradient(small_bank):
     ({"clamps": (clamps.Copy((1, 0)), clamps.Copy((1, 1)))}, "both set"),
     ({"task": TaskConfig(n_classes=35, n_test_classes=10)}, "n_classes=35"),
     ({"initial": initial_weights(MODEL, 8, 5, 0)}, "exemplar dim 8"),
+    ({"initial": initial_weights(ModelConfig(d_model=16, n_heads=4), 16, 5, 0)}, "n_heads=4"),
+    ({"clamps": (clamps.Graft(initial_weights(MODEL, 16, 6, 0)),)}, "the donor's n_labels is 6"),
+    ({"clamps": (clamps.During(clamps.Graft(initial_weights(MODEL, 8, 5, 0)), 640),)}, "the donor's exemplar dim is 8"),
     ({"initial": initial_weights(MODEL, 16, 6, 0)}, "n_labels=6"),
     ({"model": ModelConfig(d_model=16, n_heads=2, positions="learned", max_positions=3)}, "max_positions=3"),
 ])
@@ -437,6 +440,10 @@ def test_digests_reach_every_field():
     runs = [RUN, replace(RUN, data_seed=1), replace(RUN, task=replace(RUN.task, zipf=1.0)), replace(RUN, eval_seed=1),
             *(replace(RUN, clamps=(clamps.During(clamps.Copy((1, 0)), a, b),)) for a, b in ((0, 5), (0, None), (3, None)))]
     assert len({run.digest for run in runs}) == len(runs)
+    assert RunConfig(lr=1).digest == RunConfig(lr=1.0).digest
+    changed = type("Own", (Own,), {"writes": lambda self, shape: []})
+    changed.__module__ = Own.__module__
+    assert encode(Own())["code"] != encode(changed())["code"]
 
 
 def test_a_family_is_of_its_bank(small_bank):
@@ -488,3 +495,21 @@ def test_compiled_training_is_resumed_bit_for_bit_too(small_bank, tmp_path, monk
     for a, b, c in zip(whole, resumed, plain, strict=True):
         same(a, b)
         pd.testing.assert_frame_equal(a.metrics, c.metrics, atol=5e-3, rtol=1e-3)
+
+
+def test_a_stopped_call_keeps_the_blocks_that_it_had_finished(small_bank, tmp_path, monkeypatch):
+    runs = [RUN, replace(RUN, lr=1e-3)]  # two programs
+    count = 0
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        if count == 150:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step.train_step(*args)
+
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=counted))
+    with pytest.raises(KeyboardInterrupt):
+        train(runs, small_bank, directory=tmp_path)
+    train(runs, small_bank, directory=tmp_path)
+    assert count == 200 and not list(tmp_path.iterdir())

@@ -98,7 +98,21 @@ def prepare(runs: Sequence[RunConfig], bank: Bank | None = None, device: str | t
     for run in runs:
         if run.bank not in banks:
             banks[run.bank] = bank or load_bank(run.bank)
-    return [Prepared.of(run, banks[run.bank]) for run in runs]
+    splits, evals = _shared(data.split), _shared(data.evaluation_sets)
+    return [Prepared.of(run, banks[run.bank], splits, evals) for run in runs]
+
+
+def _shared(function: Callable) -> Callable:
+    """`function`, which gives the same object for the same arguments: what runs share is then stored and computed once."""
+    made: dict[tuple, object] = {}
+
+    def call(first: object, *rest: object) -> object:
+        key = id(first), *rest
+        if key not in made:
+            made[key] = first, function(first, *rest)  # `first` is kept, so that no other object can have its id
+        return made[key][1]
+
+    return call
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +126,10 @@ class Prepared:
     weights: Weights
 
     @classmethod
-    def of(cls, run: RunConfig, bank: Bank) -> Prepared:
+    def of(cls, run: RunConfig, bank: Bank, split: Callable = data.split, evaluation_sets: Callable = data.evaluation_sets) -> Prepared:
         shape = clamping.Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
         clamping.check(run.clamps, shape)
-        splits = data.split(bank, run.task)
+        splits = split(bank, run.task)
         weights = run.initial or initial_weights(run.model, bank.dim, run.task.n_labels, run.init_seed)
         if (weights.config, weights.d_exemplar, weights.n_labels) != (run.model, bank.dim, run.task.n_labels):
             raise ValueError(f"the initial weights are {weights.config} for exemplar dim {weights.d_exemplar} and "
@@ -129,7 +143,7 @@ class Prepared:
         if run.model.positions == "learned" and n_positions > run.model.max_positions:
             raise ValueError(f"n_pairs={run.task.n_pairs} makes {n_positions} positions, but max_positions="
                              f"{run.model.max_positions}; raise it")
-        evals = (data.evaluation_sets(splits, run.eval_seed, run.eval_size)
+        evals = (evaluation_sets(splits, run.eval_seed, run.eval_size)
                  if run.eval_every or run.heads_every else {})
         return cls(run, bank, splits, evals, weights)
 

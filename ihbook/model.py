@@ -198,8 +198,8 @@ def embed(params: Params, batch: Batch, config: ModelConfig) -> Tensor:
             raise ValueError(f"a sequence has {n_positions} positions, but max_positions={config.max_positions}; raise it")
         x = x + params["pos_embed.weight"][:, :, :n_positions, None]
     elif config.positions == "sinusoidal":
-        angle = angles(n_positions, config.d_model, 10000.0, x)
-        x = x + torch.stack([angle.sin(), angle.cos()], 1).flatten(0, 1)[..., None]
+        cos, sin = turns(n_positions, config.d_model, 10000.0, x)
+        x = x + torch.stack([sin, cos], 1).flatten(0, 1)[..., None]
     return x
 
 
@@ -247,18 +247,20 @@ def layer_norm(x: Tensor, params: Params, name: str, config: ModelConfig) -> Ten
     return (x - mean) * (variance + 1e-5).rsqrt() * weight + bias
 
 
-def angles(n_positions: int, width: int, base: float, like: Tensor) -> Tensor:
-    """pos · base^(-2i / width), `[width / 2, pos]`."""
-    rates = base ** (-torch.arange(0, width, 2, device=like.device, dtype=torch.float64) / width)
-    positions = torch.arange(n_positions, device=like.device, dtype=torch.float64)
-    return (rates[:, None] * positions).to(like.dtype)
+def turns(n_positions: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of pos · base^(-2i / width), each `[width / 2, pos]`.
+
+    Of Python's numbers, so that they are constants of a compiled program, which would else compute them at every use.
+    """
+    angles = [[pos * base ** (-i / width) for pos in range(n_positions)] for i in range(0, width, 2)]
+    return tuple(like.new_tensor([[f(angle) for angle in row] for row in angles]) for f in (math.cos, math.sin))
 
 
 def rotate(x: Tensor, config: ModelConfig, n_positions: int) -> Tensor:
     """Rotary positions: turn adjacent feature pairs of `[run, head, d_head, pos, batch]` by their position's angle."""
-    angle = angles(n_positions, config.d_head, config.rotary_base, x)[:, n_positions - x.shape[3]:, None]
+    first = n_positions - x.shape[3]
+    cos, sin = (table[:, first:, None] for table in turns(n_positions, config.d_head, config.rotary_base, x))
     even, odd = x[:, :, 0::2], x[:, :, 1::2]
-    cos, sin = angle.cos(), angle.sin()
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], 3).flatten(2, 3)
 
 

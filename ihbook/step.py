@@ -68,32 +68,36 @@ def scalars_of(lr: float, step: int, device: str | torch.device) -> Tensor:
 
 def _compiling(plain: Callable) -> Callable:
     """`plain`, compiled at its first call, for families of any size; where that fails, one warning, and `plain` itself."""
-    function = torch.compile(plain, fullgraph=True)
+    function = torch.compile(plain, fullgraph=True, options={"size_asserts": False})
+    plan, seen = None, set()  # what it was last called with, and how large the tensors were
 
     def mark(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            if tensor.shape[0] > 1:
+            if tensor.shape[0] > 1 and not hasattr(tensor, "_dynamo_weak_dynamic_indices"):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
     def call(params: Params, *args) -> dict[str, Tensor] | Tensor:
-        nonlocal function
-        if not hasattr(params["unembed.bias"], "_dynamo_weak_dynamic_indices"):
-            mark(params.values())
-        for arg in args:
-            if isinstance(arg, Batch):
-                mark(t for t in (arg.ids, arg.labels, arg.bank, arg.noise) if t is not None)
-                torch._dynamo.maybe_mark_dynamic(arg.bank, 1)
-            elif isinstance(arg, Plan):
-                mark(t for t in arg.tensors if not hasattr(t, "_dynamo_weak_dynamic_indices"))
-            elif isinstance(arg, dict):
-                mark(m for kind in arg.values() for m in kind.values() if not hasattr(m, "_dynamo_weak_dynamic_indices"))
+        nonlocal function, plan, seen
+        batch, current = (next(arg for arg in args if isinstance(arg, kind)) for kind in (Batch, Plan))
+        if current is not plan:
+            plan, seen = current, set()
+        key = len(params["unembed.bias"]), batch.bank.shape, batch.ids.shape
+        if key in seen:  # the guards held for these sizes and this plan: to check them again costs as much as some products
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                return function(params, *args)
+        mark([*params.values(), batch.ids, batch.labels, batch.bank, *current.tensors])
+        mark(m for moments in args if isinstance(moments, dict) for kind in moments.values() for m in kind.values())
+        mark([] if batch.noise is None else [batch.noise])
+        torch._dynamo.maybe_mark_dynamic(batch.bank, 1)
         try:
-            return function(params, *args)
+            result = function(params, *args)
         except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything has run
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
             function = plain
             return plain(params, *args)
+        seen.add(key)
+        return result
 
     return call
 

@@ -231,6 +231,8 @@ class _Schedule:
         self._chunk: tuple[tuple, Batch] | None = None
         self._plan: tuple[tuple, clamping.Plan] | None = None
         self._evals: dict[str, tuple[list[int], Batch]] = {}
+        configs = [each.config for each in family]
+        self.rhythms = {every for c in configs for every in (c.eval_every, c.heads_every, c.checkpoint_every) if every}
 
     def batch(self, state: _State) -> Batch:
         """The step's batches, one a run."""
@@ -270,6 +272,8 @@ def _record(state: _State, schedule: _Schedule, leaving: list[int], folder: Path
     """Evaluate the runs whose time it is, and keep checkpoints. A resumed run has recorded its last step already."""
     family, model = schedule.family, schedule.family[0].config.model
     size = family[0].config.batch_size
+    if not leaving and not any(due(every, state.step, size) for every in schedule.rhythms):
+        return
     seen = state.step * size
     recorded = {(row[0], row[2]) for row in itertools.takewhile(lambda row: row[1] == seen, reversed(state.metrics))}
     for name in family[0].evals:

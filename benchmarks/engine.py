@@ -60,10 +60,10 @@ def rate(run: RunConfig, n_runs: int, steps: int = 1000) -> float:
 def rows():
     """Name, run, number of runs, steps."""
     for n in (1, 2, 8, 32):
-        yield f"{n} runs", RUN, n, 8000 // min(n, 8)
-    yield "8 runs, no evaluation", replace(RUN, eval_every=0), 8, 1000
+        yield f"{n} runs", RUN, n, 60_000 // max(n, 4)
+    yield "8 runs, no evaluation", replace(RUN, eval_every=0), 8, 7500
     for name, chosen in CLAMPS.items():
-        yield f"8 runs, {name}", replace(RUN, clamps=chosen), 8, 800
+        yield f"8 runs, {name}", replace(RUN, clamps=chosen), 8, 2500
     for width in (32, 128):
         yield f"8 runs, width {width}", replace(RUN, model=ModelConfig(d_model=width)), 8, 400
     for pairs in (4, 8):

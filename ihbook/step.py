@@ -66,9 +66,9 @@ def scalars_of(lr: float, step: int, device: str | torch.device) -> Tensor:
     return torch.tensor([lr, *(1 - beta ** (step + 1) for beta in BETAS)], dtype=torch.float32, device=device)
 
 
-def _compiling(plain: Callable) -> Callable:
+def _compiling(plain: Callable, on_cpu: bool) -> Callable:
     """`plain`, compiled at its first call, for families of any size; where that fails, one warning, and `plain` itself."""
-    function = torch.compile(plain, fullgraph=True, options={"size_asserts": False})
+    function = torch.compile(plain, fullgraph=True, options={"size_asserts": False, "cpp_wrapper": on_cpu})
     plan, seen = None, set()  # what it was last called with, and how large the tensors were
 
     def mark(tensors: Iterable[Tensor]) -> None:
@@ -110,12 +110,13 @@ def program(n_steps: int, compile: bool | None, device: str | torch.device) -> P
     wanted = n_steps >= COMPILE_FROM if compile is None else compile
     if not wanted:
         return PLAIN
-    if torch.device(device).type == "cpu" and not _has_compiler():
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu and not _has_compiler():
         warnings.warn("there is no C++ compiler, so training is not compiled, and takes two to four times as long; install g++ "
                       "or clang to change that", stacklevel=2)
         return PLAIN
     torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)  # a program a kind of family
-    return Program(_compiling(train_step), _compiling(metrics.summed), compiled=True)
+    return Program(_compiling(train_step, on_cpu), _compiling(metrics.summed, on_cpu), compiled=True)
 
 
 def _has_compiler() -> bool:

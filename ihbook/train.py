@@ -29,7 +29,7 @@ from ihbook.banks import Bank
 from ihbook.config import RunConfig
 from ihbook.family import Prepared, Result, prepare
 
-BLOCK = {"cpu": 4, "cuda": 512}  # runs in one program: on a CPU, as many as a core's caches hold
+BLOCK = {"cpu": 2, "cuda": 512}  # runs in one program: on a CPU, as many as a core's caches hold
 Block = list[tuple[int, Prepared]]  # runs that train as one program, each with its place among those asked for
 Job = tuple[list[Prepared], Path]  # a family and its folder
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from ihbook import clamps as c
-from ihbook import family, step, train
+from ihbook import family, train
 from ihbook.banks import load_bank
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.model import initial_weights
@@ -51,7 +51,7 @@ def rate(run: RunConfig, n_runs: int, steps: int = 1000) -> float:
             train.train(runs, directory=directory, compile=True, progress=False)
             return time.perf_counter() - start
 
-    step.COMPILE_FROM = 1  # so that even these count as long, and get a process a core
+    train.SHARE_FROM = 1  # so that even short calls get a process a core
     seconds(8)  # fills the compiler's cache on disk
     short = min(seconds(8) for _ in range(2))
     return n_runs * (steps - 8) / (seconds(steps) - short)

@@ -34,6 +34,7 @@ EVAL_CHUNK = 250  # sequences evaluated at once, of every run
 SAVE_SECONDS = 45.0
 
 
+
 class Checkpoints(Mapping[int, Weights]):
     """A run's weights by sequences seen, read from a folder when asked for."""
 
@@ -75,8 +76,8 @@ class _State:
     alive: list[int]
     params: Params
     moments: step.Moments
-    metrics: list[tuple] = field(default_factory=list)  # run, sequences, eval_set, metric, value
-    heads: list[tuple] = field(default_factory=list)  # run, sequences, layer, head, strength, previous_token
+    metrics: list[Tensor] = field(default_factory=list)  # float64 [row, 5]: run, sequences, eval_set, metric, value
+    heads: list[Tensor] = field(default_factory=list)  # float64 [row, 6]: run, sequences, layer, head, strength, previous_token
 
 
 def check_device(device: str | torch.device) -> None:
@@ -126,7 +127,8 @@ class Prepared:
     weights: Weights
 
     @classmethod
-    def of(cls, run: RunConfig, bank: Bank, split: Callable = data.split, evaluation_sets: Callable = data.evaluation_sets) -> Prepared:
+    def of(cls, run: RunConfig, bank: Bank, split: Callable = data.split,
+           evaluation_sets: Callable = data.evaluation_sets) -> Prepared:
         shape = clamping.Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
         clamping.check(run.clamps, shape)
         splits = split(bank, run.task)
@@ -176,7 +178,7 @@ def due(every: int, step: int, batch_size: int) -> bool:
     return bool(every) and (step == 0 or seen // every > (seen - batch_size) // every)
 
 
-def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.device = "cpu", compile: bool | None = None, *,
+def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.device = "cpu", compile: bool = False, *,
                  stopped: Callable[[], bool] = lambda: False,
                  report: Callable[[int, Tensor | None], None] = lambda run_steps, losses: None) -> list[Result] | None:
     """Train a block of `train.plan_blocks` as one program. `folder` keeps its state and its checkpoints, which results read.
@@ -192,7 +194,7 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
         state = _State(0, list(range(len(family))), params, step.moments_of(params, first))
     n_steps = [each.config.n_steps for each in family]
     report(sum(min(state.step, n) for n in n_steps), None)
-    program = step.program(max(n_steps), compile, device)
+    program = step.program(compile, device)
     schedule = _Schedule(family, device, program)
     saved_at = time.monotonic()
     with _one_thread(device):
@@ -275,9 +277,10 @@ def _record(state: _State, schedule: _Schedule, leaving: list[int], folder: Path
     if not leaving and not any(due(every, state.step, size) for every in schedule.rhythms):
         return
     seen = state.step * size
-    recorded = {(row[0], row[2]) for row in itertools.takewhile(lambda row: row[1] == seen, reversed(state.metrics))}
-    for name in family[0].evals:
-        runs = [r for r in state.alive if (r, name) not in recorded
+    recorded = {(int(row[0]), int(row[2])) for rows in itertools.takewhile(lambda rows: rows[0, 1] == seen, reversed(state.metrics))
+                for row in rows}
+    for number, name in enumerate(family[0].evals):
+        runs = [r for r in state.alive if (r, number) not in recorded
                 and (r in leaving or due(family[r].config.eval_every, state.step, size)
                      or (name == "train" and due(family[r].config.heads_every, state.step, size)))]
         if not runs:
@@ -287,13 +290,12 @@ def _record(state: _State, schedule: _Schedule, leaving: list[int], folder: Path
         plan = schedule.plan(state, None if runs == state.alive else runs)
         values = metrics.evaluate(params, schedule.evals(name, runs), model, plan, chunk=EVAL_CHUNK,
                                   summed=schedule.program.evaluate)
-        values = {metric: value.tolist() for metric, value in values.items()}
-        strength, previous = values.pop("strength"), values.pop("previous_token")
-        for i, r in enumerate(runs):
-            state.metrics += [(r, seen, name, metric, value[i]) for metric, value in values.items()]
-            if name == "train":
-                state.heads += [(r, seen, layer, head, strength[i][layer][head], previous[i][layer][head])
-                                for layer in range(model.n_layers) for head in range(model.n_heads)]
+        values = {metric: value.cpu() for metric, value in values.items()}
+        table = torch.stack([values[name] for name in metrics.NAMES], 1)
+        state.metrics.append(_rows(runs, seen, [[number], range(len(metrics.NAMES))], table))
+        if name == "train":
+            state.heads.append(_rows(runs, seen, [range(model.n_layers), range(model.n_heads)], values["strength"],
+                                     values["previous_token"]))
     for i, r in enumerate(state.alive):
         names = ["final"] * (r in leaving)
         if due(family[r].config.checkpoint_every, state.step, size) or (r in leaving and family[r].config.checkpoint_every):
@@ -304,12 +306,33 @@ def _record(state: _State, schedule: _Schedule, leaving: list[int], folder: Path
                 save_weights(weights, partial)
 
 
+def _rows(runs: Sequence[int], seen: int, axes: Sequence[Sequence[int]], *values: Tensor) -> Tensor:
+    """Rows of a table, float64: for every run and combination of `axes`, these numbers and each of `values` `[run, *axes]`."""
+    keys = torch.cartesian_prod(*(torch.tensor(list(axis)) for axis in (runs, [seen], *axes)))
+    return torch.cat([keys.double(), *(v.flatten()[:, None].double() for v in values)], 1)
+
+
+def _table(blocks: list[Tensor], r: int, columns: list[str], names: Mapping[str, list[str]]) -> pd.DataFrame:
+    """One run's rows as a tidy table: whole numbers as such, and names for the numbers in the columns of `names`."""
+    rows = torch.cat([torch.empty(0, len(columns) + 1, dtype=torch.float64), *blocks])
+    table = pd.DataFrame(rows[rows[:, 0] == r][:, 1:].numpy(), columns=columns)
+    whole = [c for c in columns if c in ("sequences", "eval_set", "metric", "layer", "head")]
+    table[whole] = table[whole].astype("int64")
+    return table.assign(**{column: table[column].map(dict(enumerate(of))).astype("str") for column, of in names.items()})
+
+
 def _result(r: int, each: Prepared, state: _State, folder: Path) -> Result:
-    table = pd.DataFrame([row[1:] for row in state.metrics if row[0] == r], columns=["sequences", "eval_set", "metric", "value"])
-    heads = pd.DataFrame([row[1:] for row in state.heads if row[0] == r],
-                         columns=["sequences", "layer", "head", "strength", "previous_token"])
+    table = _table(state.metrics, r, ["sequences", "eval_set", "metric", "value"],
+                   {"eval_set": list(each.evals), "metric": list(metrics.NAMES)})
+    heads = _table(state.heads, r, ["sequences", "layer", "head", "strength", "previous_token"], {})
     checkpoints = Checkpoints(folder / f"run-{r}")
     return Result(each.config, table, heads, load_weights(checkpoints.folder / "final.safetensors"), checkpoints)
+
+
+def announce(family: Sequence[Prepared], folder: Path, compile: bool) -> None:
+    """Write down, before it trains, what a family is, so that a call that goes on goes on with the same one."""
+    with writing(folder / "family.json") as partial:
+        partial.write_text(json.dumps({"runs": [each.digest for each in family], "compile": compile}))
 
 
 def family_digest(family: Sequence[Prepared]) -> str:
@@ -334,13 +357,15 @@ def writing(path: Path) -> Iterator[Path]:
 
 def _save(folder: Path, state: _State) -> None:
     """Write the state, whole or not at all."""
-    tensors = {f"params/{name}": p for name, p in state.params.items()}
+    tensors = {f"params/{name}": p for name, p in state.params.items() if state.alive}
     for kind, moments in state.moments.items():
-        tensors |= {f"{kind}/{name}": m for name, m in moments.items()}
-    book = {"step": state.step, "alive": state.alive, "metrics": state.metrics, "heads": state.heads}
+        tensors |= {f"{kind}/{name}": m for name, m in moments.items() if state.alive}
+    for table in ("metrics", "heads"):
+        if rows := getattr(state, table):
+            tensors[f"tables/{table}"] = torch.cat(rows)
+    tensors = {key: t.contiguous().cpu() for key, t in tensors.items()} or {"none": torch.zeros(1)}
     with writing(folder / "state.safetensors") as partial:
-        save_file({k: t.contiguous().cpu() for k, t in tensors.items()} if state.alive else {"none": torch.zeros(1)}, partial,
-                  metadata={"state": json.dumps(book)})
+        save_file(tensors, partial, metadata={"step": str(state.step), "alive": json.dumps(state.alive)})
 
 
 def _load(folder: Path, family: Sequence[Prepared], device: str | torch.device) -> _State | None:
@@ -350,19 +375,24 @@ def _load(folder: Path, family: Sequence[Prepared], device: str | torch.device) 
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            book = json.loads(file.metadata()["state"])
+            step, alive = int(file.metadata()["step"]), json.loads(file.metadata()["alive"])
             parts: dict[str, Params] = defaultdict(dict)
-            for key in file.keys() if book["alive"] else ():
+            for key in set(file.keys()) - {"none"}:
                 part, name = key.split("/", 1)
                 # A copy lies where tensors lie: kernels may round otherwise at another alignment.
-                parts[part][name] = file.get_tensor(key).clone().to(device)
-        names = family[0].weights.tensors if book["alive"] else ()  # in the order of the architecture, which files do not keep
+                parts[part][name] = file.get_tensor(key).clone().to("cpu" if part == "tables" else device)
+        tables = {name: list(rows.split(_runs_of_equal(rows[:, 1]))) for name, rows in parts.pop("tables", {}).items()}
+        names = family[0].weights.tensors if alive else ()  # in the order of the architecture, which files do not keep
         parts = {part: {name: tensors[name] for name in names} for part, tensors in parts.items()}
-        return _State(book["step"], book["alive"], parts.pop("params", {}), parts, [tuple(row) for row in book["metrics"]],
-                      [tuple(row) for row in book["heads"]])
+        return _State(step, alive, parts.pop("params", {}), parts, **tables)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         warnings.warn(f"the saved state {path} is damaged ({error}); training these runs anew", stacklevel=2)
         return None
+
+
+def _runs_of_equal(x: Tensor) -> list[int]:
+    """The lengths of the stretches of equal numbers in `x`."""
+    return torch.unique_consecutive(x, return_counts=True)[1].tolist()
 
 
 @contextmanager

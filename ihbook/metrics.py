@@ -19,6 +19,10 @@ LN2 = math.log(2)  # the loss of knowing which two labels are in context, but no
 THRESHOLD = 0.4 * LN2  # the paper's sign of the phase change, in nats
 
 
+NAMES = ("loss", "accuracy", "probability", "in_context_loss", "in_context_accuracy", "in_context_probability",
+         "context_probability")
+
+
 def query_metrics(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Each sequence's metrics at the query, `[run, batch]`, from `logits` `[run, batch, label]`.
 

@@ -17,7 +17,6 @@ from ihbook.data import Batch
 from ihbook.model import Params
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-COMPILE_FROM = 10_000  # steps: a compilation takes twenty to forty seconds, and saves some milliseconds at each
 Moments = dict[str, Params]  # the optimiser's state, by kind and weight
 
 
@@ -83,8 +82,13 @@ def _compiling(plain: Callable, on_cpu: bool) -> Callable:
             plan, seen = current, set()
         key = len(params["unembed.bias"]), batch.bank.shape, batch.ids.shape
         if key in seen:  # the guards held for these sizes and this plan: to check them again costs as much as some products
-            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-                return function(params, *args)
+            try:
+                with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                    return function(params, *args)
+            except RuntimeError as error:  # raised before anything has run
+                if "skip_guard_eval_unsafe" not in str(error):
+                    raise
+                seen = set()
         mark([*params.values(), batch.ids, batch.labels, batch.bank, *current.tensors])
         mark(m for moments in args if isinstance(moments, dict) for kind in moments.values() for m in kind.values())
         mark([] if batch.noise is None else [batch.noise])
@@ -94,9 +98,10 @@ def _compiling(plain: Callable, on_cpu: bool) -> Callable:
         except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything has run
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
-            function = plain
+            function, seen = plain, set()
             return plain(params, *args)
-        seen.add(key)
+        if function is not plain:
+            seen.add(key)
         return result
 
     return call
@@ -105,10 +110,9 @@ def _compiling(plain: Callable, on_cpu: bool) -> Callable:
 PLAIN = Program(train_step, metrics.summed, compiled=False)
 
 
-def program(n_steps: int, compile: bool | None, device: str | torch.device) -> Program:
-    """The program for a family that trains for that many steps: compiled where it pays, or as `compile` says."""
-    wanted = n_steps >= COMPILE_FROM if compile is None else compile
-    if not wanted:
+def program(compile: bool, device: str | torch.device) -> Program:
+    """The program of a family; plain, with a warning, where it is to be compiled but there is no compiler."""
+    if not compile:
         return PLAIN
     on_cpu = torch.device(device).type == "cpu"
     if on_cpu and not _has_compiler():

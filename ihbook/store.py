@@ -89,11 +89,12 @@ class Store:
     def _train(self, missing: dict[str, Prepared], device: str | torch.device, compile: bool | None,
                progress: bool) -> dict[str, Result]:
         names, done = list(missing), {}
-        blocks = train.plan_blocks(list(missing.values()), device)
-        for block, folder, results in train.train_blocks(blocks, self.root / "training", device, compile, progress):
-            for (i, each), result in zip(block, results, strict=True):
+        directory = self.root / "training"
+        blocks = train.plan_blocks(list(missing.values()), directory, device, compile)
+        for block, results in train.train_blocks(blocks, directory, device, progress):
+            for i, each, result in zip(block.places, block.family, results, strict=True):
                 done[names[i]] = self.put(each, result)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(block.folder(directory), ignore_errors=True)
         return done
 
     def _lock(self, name: str, progress: bool) -> FileLock:

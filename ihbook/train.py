@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import queue
@@ -15,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cloudpickle
@@ -24,14 +25,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ihbook import family as families
-from ihbook import step
 from ihbook.banks import Bank
 from ihbook.config import RunConfig
 from ihbook.family import Prepared, Result, prepare
 
-BLOCK = {"cpu": 2, "cuda": 512}  # runs in one program: on a CPU, as many as a core's caches hold
-Block = list[tuple[int, Prepared]]  # runs that train as one program, each with its place among those asked for
-Job = tuple[list[Prepared], Path]  # a family and its folder
+BLOCK = {"cpu": 2, "cuda": 512}  # runs in one program: on a CPU, as many as a core's second-level cache holds
+COMPILE_FROM = 25_000  # run-steps of one program: compiling takes up to a minute, and saves about a millisecond at each
+SHARE_FROM = 6_000  # run-steps in all: a process takes some seconds to start
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Runs that train as one program, compiled or not, and their places among those asked for."""
+
+    family: list[Prepared]
+    places: list[int]
+    compile: bool
+
+    @property
+    def run_steps(self) -> int:
+        return sum(each.config.n_steps for each in self.family)
+
+    def folder(self, directory: Path) -> Path:
+        return directory / families.family_digest(self.family)
 
 
 def train(runs: Sequence[RunConfig], *, bank: Bank | None = None, directory: str | Path | None = None,
@@ -45,37 +61,60 @@ def train(runs: Sequence[RunConfig], *, bank: Bank | None = None, directory: str
     Raises ValueError for a run that can't be trained, before any is.
     """
     results: list[Result | None] = [None] * len(runs)
-    finished_folders = []
     with tempfile.TemporaryDirectory() as temporary:
-        blocks = plan_blocks(prepare(runs, bank, device), device)
-        for block, folder, finished in train_blocks(blocks, Path(directory or temporary), device, compile, progress):
-            for (i, _), result in zip(block, finished, strict=True):
+        directory = Path(directory or temporary)
+        blocks = plan_blocks(prepare(runs, bank, device), directory, device, compile)
+        for block, finished in train_blocks(blocks, directory, device, progress):
+            for i, result in zip(block.places, finished, strict=True):
                 results[i] = replace(result, checkpoints=dict(result.checkpoints))
-            finished_folders.append(folder)
-        for folder in finished_folders:  # only now: a call that is stopped must not lose the blocks that it had finished
-            shutil.rmtree(folder)
+        for block in blocks:  # only now: a call that is stopped must not lose the blocks that it had finished
+            shutil.rmtree(block.folder(directory))
     return results
 
 
-def plan_blocks(prepared: Sequence[Prepared], device: str | torch.device = "cpu") -> list[Block]:
-    """Which runs train as one program, with their places: blocks of those that can, of like length, the longest first.
+def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | torch.device = "cpu",
+                compile: bool | None = None) -> list[Block]:
+    """Which runs train as one program: those that a stopped call left in `directory` as it had them, and of the others,
+    blocks of runs that can, of like length, the longest first; compiled where it pays, or as `compile` says.
 
-    On a CPU blocks are small, as many runs as a core's cache holds, and long ones enough for every core to have one.
+    On a CPU blocks are small, and every core gets one.
     """
-    groups: dict[tuple, Block] = defaultdict(list)
-    for i, each in enumerate(prepared):
-        groups[each.program].append((i, each))
+    waiting = dict(enumerate(prepared))
+    blocks = list(_stopped(waiting, directory, compile))
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for i, each in waiting.items():
+        groups[each.program].append(i)
     kind = torch.device(device).type
-    blocks = []
     for members in groups.values():
-        members.sort(key=lambda member: -member[1].config.n_steps)
+        members.sort(key=lambda i: -prepared[i].config.n_steps)
+        work = sum(prepared[i].config.n_steps for i in members)
         n = -(-len(members) // BLOCK[kind])
-        if kind == "cpu" and members[0][1].config.n_steps >= step.COMPILE_FROM:
+        if kind == "cpu" and work >= SHARE_FROM:
             cores = min(len(members), n_cores())
             n = -(-n // cores) * cores
         even = -(-len(members) // n)
-        blocks += [members[start:start + even] for start in range(0, len(members), even)]
+        for start in range(0, len(members), even):
+            places = members[start:start + even]
+            blocks.append(Block([prepared[i] for i in places], places, work >= COMPILE_FROM if compile is None else compile))
     return blocks
+
+
+def _stopped(waiting: dict[int, Prepared], directory: Path, compile: bool | None) -> Iterator[Block]:
+    """The blocks that a stopped call announced in `directory`, all of whose runs are `waiting`, where they are taken out."""
+    for path in sorted(directory.glob("*/family.json")):
+        try:
+            book = json.loads(path.read_text())
+            wanted, was_compiled = list(book["runs"]), bool(book["compile"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged one: its runs are planned, and trained, anew
+        places: list[int] = []
+        for digest in wanted:
+            places += [i for i, each in waiting.items() if each.digest == digest and i not in places][:1]
+        block = Block([waiting[i] for i in places], places, was_compiled if compile is None else compile)
+        if places and len(places) == len(wanted) and block.folder(directory) == path.parent:
+            for i in places:
+                del waiting[i]
+            yield block
 
 
 def n_cores() -> int:
@@ -83,16 +122,16 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def train_blocks(blocks: Sequence[Block], directory: Path, device: str | torch.device, compile: bool | None,
-                 progress: bool) -> Iterator[tuple[Block, Path, list[Result]]]:
-    """Train every block, and yield each with its folder and results as it is finished.
+def train_blocks(blocks: Sequence[Block], directory: Path, device: str | torch.device,
+                 progress: bool) -> Iterator[tuple[Block, list[Result]]]:
+    """Train every block, and yield each with its results as it is finished; its folder in `directory` is the caller's then.
 
     Raises KeyboardInterrupt on Ctrl-C or SIGTERM, after the states are saved; RuntimeError where a process failed.
     """
-    jobs = [([each for _, each in block], directory / families.family_digest([each for _, each in block])) for block in blocks]
-    total = sum(each.config.n_steps for family, _ in jobs for each in family)
-    bar = tqdm(total=total, desc=f"{sum(map(len, blocks))} runs", disable=not progress, leave=False, unit="run-step",
-               mininterval=0.5 if sys.stderr.isatty() else 3.0, smoothing=0.05)
+    for block in blocks:
+        families.announce(block.family, block.folder(directory), block.compile)
+    bar = tqdm(total=sum(block.run_steps for block in blocks), desc=f"{sum(len(block.family) for block in blocks)} runs",
+               disable=not progress, leave=False, unit="run-step", mininterval=0.5 if sys.stderr.isatty() else 3.0, smoothing=0.05)
 
     def report(run_steps: int, losses: tuple[float, float] | None) -> None:
         if losses:
@@ -102,26 +141,24 @@ def train_blocks(blocks: Sequence[Block], directory: Path, device: str | torch.d
 
     finished = 0
     with bar, _stop_signals() as stopped:
-        for i in _in_turn(jobs, device, compile, stopped, report):
-            family, folder = jobs[i]
-            yield blocks[i], folder, families.train_family(family, folder, device, compile=False)  # reads what is finished
+        for block in _in_turn(blocks, directory, device, stopped, report):
+            yield block, families.train_family(block.family, block.folder(directory), device)  # reads what is finished
             finished += 1
-    if finished < len(jobs):
+    if finished < len(blocks):
         raise KeyboardInterrupt(f"stopped; the state is saved in {directory}, and the same call goes on from there")
 
 
-def _in_turn(jobs: Sequence[Job], device: str | torch.device, compile: bool | None, stopped: Callable[[], bool],
-             report: Callable) -> Iterator[int]:
-    """Train the jobs; yields the place of each that is finished, and ends early where `stopped` says so."""
-    long = [i for i, (family, _) in enumerate(jobs) if max(each.config.n_steps for each in family) >= step.COMPILE_FROM]
-    n = min(len(long), n_cores()) if torch.device(device).type == "cpu" else 1
-    if n > 1:
-        yield from _in_processes(jobs, long, n, compile, stopped, report)
-    for i in range(len(jobs)):
-        if not (n > 1 and i in long) and not stopped():
-            family, folder = jobs[i]
-            if families.train_family(family, folder, device, compile, stopped=stopped, report=_range(report)) is not None:
-                yield i
+def _in_turn(blocks: Sequence[Block], directory: Path, device: str | torch.device, stopped: Callable[[], bool],
+             report: Callable) -> Iterator[Block]:
+    """Train the blocks; yields each that is finished, and ends early where `stopped` says so."""
+    n = min(len(blocks), n_cores())
+    if torch.device(device).type == "cpu" and n > 1 and sum(block.run_steps for block in blocks) >= SHARE_FROM:
+        yield from _in_processes(blocks, directory, n, stopped, report)
+        return
+    for block in blocks:
+        if not stopped() and families.train_family(block.family, block.folder(directory), device, block.compile, stopped=stopped,
+                                                   report=_range(report)) is not None:
+            yield block
 
 
 def _range(report: Callable) -> Callable[[int, Tensor | None], None]:
@@ -129,15 +166,15 @@ def _range(report: Callable) -> Callable[[int, Tensor | None], None]:
     return lambda run_steps, losses: report(run_steps, None if losses is None else (losses.min().item(), losses.max().item()))
 
 
-def _in_processes(jobs: Sequence[Job], long: list[int], n: int, compile: bool | None, stopped: Callable[[], bool],
-                  report: Callable) -> Iterator[int]:
-    """Share `long` among `n` processes, each keeping its compiled programs from job to job."""
+def _in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped: Callable[[], bool],
+                  report: Callable) -> Iterator[Block]:
+    """Share the blocks among `n` processes, each keeping its compiled programs from block to block."""
     shares: list[list[int]] = [[] for _ in range(n)]
-    for i in sorted(long, key=lambda i: -_run_steps(jobs[i])):
-        min(shares, key=lambda share: sum(_run_steps(jobs[j]) for j in share)).append(i)
+    for i in sorted(range(len(blocks)), key=lambda i: -blocks[i].run_steps):
+        min(shares, key=lambda share: sum(blocks[j].run_steps for j in share)).append(i)
     messages: queue.Queue = queue.Queue()
     with ExitStack() as stack:
-        processes = [stack.enter_context(_process([(i, *jobs[i]) for i in share], compile, messages)) for share in shares]
+        processes = [stack.enter_context(_process([(i, blocks[i]) for i in share], directory, messages)) for share in shares]
         running = len(processes)
         while running:
             if stopped():
@@ -148,7 +185,7 @@ def _in_processes(jobs: Sequence[Job], long: list[int], n: int, compile: bool | 
             except queue.Empty:
                 continue
             if kind == "done":
-                yield value
+                yield blocks[value]
             elif kind == "progress":
                 report(*value)
             elif kind == "failed":
@@ -157,20 +194,16 @@ def _in_processes(jobs: Sequence[Job], long: list[int], n: int, compile: bool | 
                 running -= 1
 
 
-def _run_steps(job: Job) -> int:
-    return sum(each.config.n_steps for each in job[0])
-
-
 @contextmanager
-def _process(share: list, compile: bool | None, messages: queue.Queue) -> Iterator[subprocess.Popen]:
-    """A process that trains a share of the jobs, and a thread that passes on what it says. It never outlives this one."""
+def _process(share: list[tuple[int, Block]], directory: Path, messages: queue.Queue) -> Iterator[subprocess.Popen]:
+    """A process that trains a share of the blocks, and a thread that passes on what it says. It never outlives this one."""
     process = subprocess.Popen([sys.executable, "-m", "ihbook.train"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-    settings = (sys.path, families.SAVE_SECONDS, step.COMPILE_FROM)
+    settings = (sys.path, families.SAVE_SECONDS)
 
     def listen() -> None:
         try:
-            process.stdin.write(pickle.dumps(settings) + cloudpickle.dumps((share, compile)))
+            process.stdin.write(pickle.dumps(settings) + cloudpickle.dumps((share, directory)))
             process.stdin.flush()
             while True:
                 messages.put(pickle.load(process.stdout))
@@ -210,8 +243,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 def _main() -> None:
     """The other end of `_process`."""
     out, sys.stdout = sys.stdout.buffer, sys.stderr  # only messages go to the pipe
-    sys.path[:], families.SAVE_SECONDS, step.COMPILE_FROM = pickle.load(sys.stdin.buffer)
-    share, compile = pickle.load(sys.stdin.buffer)
+    sys.path[:], families.SAVE_SECONDS = pickle.load(sys.stdin.buffer)
+    share, directory = pickle.load(sys.stdin.buffer)
     closed = threading.Event()
 
     def wait_for_the_end() -> None:
@@ -233,9 +266,10 @@ def _main() -> None:
             say("progress", (done, losses))
             done, last = 0, time.monotonic()
 
-    for i, family, folder in share:
+    for i, block in share:
         try:
-            if families.train_family(family, folder, "cpu", compile, stopped=closed.is_set, report=_range(report)) is None:
+            if families.train_family(block.family, block.folder(directory), "cpu", block.compile, stopped=closed.is_set,
+                                     report=_range(report)) is None:
                 return
         except (OSError, ValueError) as error:
             say("failed", error)

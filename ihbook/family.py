@@ -28,7 +28,7 @@ from ihbook.config import BankConfig, RunConfig
 from ihbook.data import Batch
 from ihbook.model import Params, Weights, initial_weights, load_weights, save_weights, stack
 
-VERSION = 3  # raise it when a change of code changes a run's numbers: what other versions stored is not read
+VERSION = 4  # raise it when a change of code changes a run's numbers: what other versions stored is not read
 CHUNK_STEPS = 256  # steps sampled at once; part of what a training stream is, so a change of it changes results
 EVAL_CHUNK = 250  # sequences evaluated at once, of every run
 SAVE_SECONDS = 45.0
@@ -156,6 +156,12 @@ class Prepared:
         length = run.n_sequences if run.schedule == "cosine" else None
         return (run.model, run.task.n_pairs, run.task.n_labels, bool(run.task.noise), self.bank.dim, run.batch_size,
                 run.optimiser, run.lr, run.warmup, run.schedule, length, run.eval_size, tuple(self.evals))
+
+    @property
+    def kinds_of_clamps(self) -> tuple[str, ...]:
+        """What a compiled program depends on beside `program`, near enough."""
+        clamps = (c.clamp if isinstance(c, clamping.During) else c for c in self.config.clamps)
+        return tuple(sorted(type(clamp).__name__ for clamp in clamps))
 
     @property
     def digest(self) -> str:

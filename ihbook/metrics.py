@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ihbook import clamps as clamping
-from ihbook.config import ModelConfig
+from ihbook.config import ModelConfig, one_of
 from ihbook.data import Batch
 from ihbook.model import Params, Weights, stack
 
@@ -92,6 +92,45 @@ def measure(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence
 
     `batch` is of one run and serves all. Raises ValueError where the numbers of networks and clamps do not match.
     """
+    params, config, plan = _clamped(weights, batch, clamps)
+    n_runs = len(params["unembed.bias"])
+    return evaluate(params, batch.expand(n_runs), config, plan, chunk=max(1, chunk // n_runs))
+
+
+@torch.no_grad()
+def correct(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence[Sequence] = ((),), *,
+            chunk: int = 4096) -> Tensor:
+    """Whether each network answers each sequence right, bool `[run, batch]`; networks and clamps as in `measure` (Table 2)."""
+    params, config, plan = _clamped(weights, batch, clamps)
+    n_runs = len(params["unembed.bias"])
+    return torch.cat([plan(params, part, config, query_only=True).logits.argmax(2) == part.targets
+                      for part in batch.expand(n_runs).split(max(1, chunk // n_runs))], 1)
+
+
+def gradients(weights: Weights, batch: Batch, clamps: Sequence = ()) -> Params:
+    """The gradient of the mean loss of one network's sequences with respect to each weight, under clamps; no run axis."""
+    params, config, plan = _clamped(weights, batch, [clamps])
+    found = torch.func.grad(lambda p: cross_entropy(plan(p, batch, config, query_only=True).logits, batch).sum())(params)
+    return {name: g[0] for name, g in found.items()}
+
+
+def composition_scores(weights: Weights, part: str, layer: int = 1) -> Tensor:
+    """How much of what each head of the layer before writes this layer's `part` ("queries", "keys" or "values") could read:
+    ‖W_in W_out‖_F / (‖W_in‖_F ‖W_out‖_F), `[head, head of the layer before]` (Figure 11)."""
+    one_of("part", part, ("queries", "keys", "values"))
+    config = weights.config
+    if not 1 <= layer < config.n_layers:
+        raise ValueError(f"layer={layer} has no layer before it; choose 1 to {config.n_layers - 1}")
+    read = weights.tensors[f"layers.{layer}.attn.qkv.weight"].chunk(3)[("queries", "keys", "values").index(part)]
+    read = read.unflatten(0, (config.n_heads, config.d_head))
+    write = weights.tensors[f"layers.{layer - 1}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head)).transpose(0, 1)
+    together = torch.einsum("jad,ide->jiae", read, write).flatten(2).norm(dim=2)
+    return together / (read.flatten(1).norm(dim=1)[:, None] * write.flatten(1).norm(dim=1))
+
+
+def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
+             clamps: Sequence[Sequence]) -> tuple[Params, ModelConfig, clamping.Plan]:
+    """Finished networks, each under its clamps, as one program."""
     networks = [weights] * len(clamps) if isinstance(weights, Weights) else list(weights)
     lists = list(clamps) * len(networks) if len(clamps) == 1 else list(clamps)
     if len(networks) != len(lists):
@@ -102,7 +141,7 @@ def measure(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence
         clamping.check(each, shape)
     plan = clamping.plan([clamping.active(each, math.inf) for each in lists], config, n_pairs,
                          dtype=networks[0].tensors["unembed.bias"].dtype)
-    return evaluate(stack(networks), batch.expand(len(networks)), config, plan, chunk=max(1, chunk // len(networks)))
+    return stack(networks), config, plan
 
 
 def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[int, int], ...]:

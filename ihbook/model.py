@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ihbook.config import ModelConfig
-from ihbook.data import Batch
+from ihbook.data import Batch, seeded
 
 Params = dict[str, Tensor]  # name -> [run, ...]; matrices as [run, out, in]
 Site = tuple[str, int | None]  # an activation's name and its layer (None where it has no layer)
@@ -336,8 +336,10 @@ class Weights:
 
 
 def initial_weights(config: ModelConfig, d_exemplar: int, n_labels: int, seed: int) -> Weights:
-    """Draw weights: LeCun normal truncated at ±2σ for matrices, 0.02 · truncated normal for tables (§2)."""
-    generator = torch.Generator().manual_seed(seed)
+    """Draw weights: LeCun normal truncated at ±2σ for matrices, 0.02 · truncated normal for tables (§2).
+
+    Each tensor is drawn from a stream of its own, so that networks that differ in n_labels, say, have the rest in common.
+    """
     tensors = {}
     for name, shape in shapes(config, d_exemplar, n_labels).items():
         tensor = torch.zeros(shape)
@@ -345,7 +347,7 @@ def initial_weights(config: ModelConfig, d_exemplar: int, n_labels: int, seed: i
             table = name in ("label_embed.weight", "pos_embed.weight")
             # 0.8796… is the standard deviation of a standard normal truncated at ±2.
             std = 0.02 if table else config.init_scale * shape[1] ** -0.5 / 0.87962566103423978
-            torch.nn.init.trunc_normal_(tensor, std=1.0, a=-2.0, b=2.0, generator=generator).mul_(std)
+            torch.nn.init.trunc_normal_(tensor, std=1.0, a=-2.0, b=2.0, generator=seeded("weights", name, seed)).mul_(std)
         elif name.endswith("weight"):
             tensor.fill_(1.0)
         tensors[name] = tensor

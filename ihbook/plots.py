@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from ihbook.metrics import LN2
+from ihbook.metrics import LN2, THRESHOLD
 
 INK, MUTED = "#222222", "#6b6b6b"
 STYLE = {
@@ -91,12 +91,7 @@ def _millions(axes: Axes, last: float) -> None:
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, gap: float) -> None:
     """Name lines at their right ends, (y, text, colour), spread where they would touch (`gap`, in y's units)."""
     ends = sorted(ends)
-    placed = [y for y, _, _ in ends]
-    for _ in range(200):  # neighbours that are too close push each other apart, half each
-        for i in range(1, len(placed)):
-            push = (gap - (placed[i] - placed[i - 1])) / 2
-            if push > 1e-9:
-                placed[i - 1], placed[i] = placed[i - 1] - push, placed[i] + push
+    placed = _spread([y for y, _, _ in ends], gap)
     for (y, text, colour), at in zip(ends, placed, strict=True):
         axes.annotate(text, (x, y), xytext=(x * 1.035, at), color=colour, va="center", fontsize=9.5, annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 4})
@@ -262,4 +257,184 @@ def head_strengths(heads: pd.DataFrame, final: Sequence[float], *, layer: int = 
                 0.058 * (high - low))
     figure.alt = (f"Induction strength of each head of Layer {layer + 1} against sequences seen, to {last:,}. At the end: "
                   + ", ".join(f"head {layer}.{head} {value:.2f}" for head, value in enumerate(final)) + ".")
+    return figure
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each of up to ten named things, in their order."""
+    return dict(zip(names, _PALETTE, strict=False))
+
+
+def shades(names: Sequence[str]) -> dict[str, str]:
+    """Shades for things that have an order, from the least to the most."""
+    return dict(zip(names, sns.color_palette("flare", len(names)).as_hex(), strict=True))
+
+
+@_in_style
+def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping[str, str]) -> Picture:
+    """Small multiples of training loss, two in a row: columns panel, group, run, sequences, value (Figure 6).
+
+    `panels` gives each panel's title, `colour` the groups in order; medians over runs, bands their range.
+    """
+    figure = Picture(figsize=(7.6, 2.75 * -(-len(panels) // 2)))
+    grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True).flatten()
+    high, words = min(3.0, table["value"].max() * 1.04), []
+    for axes, (panel, title) in zip(grid, panels.items(), strict=False):
+        rows = table[table["panel"] == panel]
+        for name, hue in colour.items():
+            median = _curve(axes, rows[rows["group"] == name], hue)
+            below = median.index[median < THRESHOLD]
+            words.append(f"{title}, {name}: " + (f"below {THRESHOLD:.2f} at {below[0]:,.0f}" if len(below) else "never low"))
+        axes.axhline(THRESHOLD, color=MUTED, ls=(0, (1, 2)), lw=1)
+        axes.set(title=title, ylim=(-0.02 * high, high), ylabel="training loss (nats)")
+        axes.label_outer(remove_inner_ticks=False)
+        _millions(axes, rows["sequences"].max())
+    for name, hue in colour.items():
+        grid[0].plot([], [], color=hue, label=name)
+    grid[0].legend(frameon=False, fontsize=9.5, labelcolor="linecolor", loc="upper right")
+    figure.alt = "Training loss against sequences seen. " + "; ".join(words) + "."
+    return figure
+
+
+@_in_style
+def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
+               published: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+               threshold: bool = False, log: bool = False, dashed: Sequence[str] = (), y: str = "training loss (nats)",
+               x: str | None = None, ln2: bool = True, top: float | None = None, line: float | None = None) -> Picture:
+    """Curves of several groups of runs: columns group, run, sequences, value. A group's median over runs, band its range.
+
+    `colour` names the groups, in order. `threshold` marks 0.4 ln 2, and where each median first passes it; `published` are
+    points (sequences, value) of the paper, open circles; `x` names another axis than sequences seen; `line` is a moment.
+    """
+    figure = Picture(figsize=(7.6, 4.1))
+    axes = figure.subplots()
+    last, ends, words = table["sequences"].max(), [], []
+    for name, hue in colour.items():
+        rows = table[table["group"] == name]
+        if rows.empty:
+            continue
+        median = _curve(axes, rows, hue)
+        if name in dashed:
+            axes.lines[-1].set_linestyle((0, (4, 2)))
+        for point in (published or {}).get(name, ()):
+            axes.plot(*point, "o", mfc="white", mec=hue, ms=6.5, mew=1.6, clip_on=False, zorder=5)
+        below = median.index[median < THRESHOLD]
+        if threshold and len(below):
+            axes.plot(below[0], THRESHOLD, "o", color=hue, ms=4.5, zorder=5)
+        at_end = float(median.iloc[-1])
+        ends.append((np.log10(max(at_end, 1e-12)) if log else at_end, name, hue, median.index[-1]))
+        crossing = f", first below {THRESHOLD:.2f} at {below[0]:,.0f}" if threshold and len(below) else ""
+        words.append(f"{name} {at_end:.3g}{crossing}")
+    if ln2:
+        axes.axhline(LN2, color=MUTED, ls=(0, (4, 3)), lw=1)
+        axes.text(0.995 * last, LN2, "ln 2", color=MUTED, ha="right", va="bottom", fontsize=9)
+    if threshold:
+        axes.axhline(THRESHOLD, color=MUTED, ls=(0, (1, 2)), lw=1)
+        axes.text(0.995 * last, THRESHOLD, "0.4 ln 2", color=MUTED, ha="right", va="bottom", fontsize=9)
+    if line is not None:
+        axes.axvline(line, color=MUTED, lw=1)
+    if log:
+        axes.set_yscale("log")
+    else:
+        high = top or min(2.0, table["value"].max() * 1.04)
+        axes.set_ylim(-0.02 * high, high)
+    axes.set_ylabel(y)
+    _millions(axes, last)
+    if x:
+        axes.set_xlabel(x)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    low, high = (np.log10(v) for v in axes.get_ylim()) if log else axes.get_ylim()
+    at = _spread([end for end, *_ in sorted(ends)], 0.06 * (high - low))
+    for (end, name, hue, stops), place in zip(sorted(ends), at, strict=True):
+        axes.annotate(name, (stops, 10**end if log else end), xytext=(last * 1.035, 10**place if log else place), color=hue,
+                      va="center", fontsize=9.5, annotation_clip=False,
+                      arrowprops={"arrowstyle": "-", "color": hue, "lw": 0.7, "shrinkA": 1, "shrinkB": 4})
+    if published:
+        axes.plot([], [], "o", mfc="white", mec=MUTED, ms=6.5, mew=1.6, label="published (authors' features)")
+        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.02), fontsize=9, labelcolor=MUTED)
+    figure.alt = f"{y} against {x or 'sequences seen'}, to {last:,}. At the end: {'; '.join(words)}."
+    return figure
+
+
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """Sorted places, moved so that neighbours are `gap` apart."""
+    placed = list(places)
+    for _ in range(200):  # neighbours that are too close push each other apart, half each
+        for i in range(1, len(placed)):
+            push = (gap - (placed[i] - placed[i - 1])) / 2
+            if push > 1e-9:
+                placed[i - 1], placed[i] = placed[i - 1] - push, placed[i] + push
+    return placed
+
+
+@_in_style
+def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
+                     published: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None) -> Picture:
+    """Panels of what a head does against its induction strength: columns run, head, strength and those named by `panels`
+    (column -> what it is called). The first run's heads in their colours, other runs' grey; published values open circles."""
+    figure = Picture(figsize=(7.6, 3.5))
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    first = table["run"].iloc[0]
+    for axes, (column, words) in zip(grid, panels.items(), strict=True):
+        if column in (published or {}):
+            axes.plot(*published[column], "o", mfc="white", mec=MUTED, ms=6.5, mew=1.3, label="published")
+            axes.legend(frameon=False, fontsize=9, labelcolor=MUTED, loc="best", handletextpad=0.2)
+        rest = table[table["run"] != first]
+        axes.plot(rest["strength"], rest[column], "o", color="#c9c9c9", ms=4.5)
+        for row in table[table["run"] == first].to_dict("records"):
+            axes.plot(row["strength"], row[column], "o", color=head_colour(row["head"]), ms=7)
+            axes.annotate(f"1.{row['head']}", (row["strength"], row[column]), xytext=(0, 6), textcoords="offset points",
+                          color=head_colour(row["head"]), fontsize=8.5, ha="center")
+        axes.set(xlabel="induction strength", ylabel=words)
+        axes.margins(0.09, 0.13)
+    best = table[table["run"] == first].sort_values("strength", ascending=False)
+    figure.alt = "Against induction strength: " + "; ".join(
+        f"{words}: " + ", ".join(f"{s:.2f} {v:.3f}" for s, v in zip(best["strength"], best[column], strict=True))
+        for column, words in panels.items()) + "."
+    return figure
+
+
+def _heat(axes: Axes, values: torch.Tensor, limits: tuple[float, float], digits: int) -> matplotlib.image.AxesImage:
+    """A matrix as a heat map with its numbers in the cells."""
+    image = axes.imshow(values.numpy(), cmap="Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
+    for (i, j), value in np.ndenumerate(values.numpy()):
+        dark = value > limits[0] + 0.6 * (limits[1] - limits[0])
+        if digits and value >= 0.005:
+            axes.text(j, i, f"{value:.{digits}f}".lstrip("0") or "0", ha="center", va="center", fontsize=7.5,
+                      color="white" if dark else INK)
+    axes.tick_params(length=0, labelsize=8.5)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return image
+
+
+@_in_style
+def attention(patterns: Mapping[str, torch.Tensor], tokens: Sequence[str]) -> Picture:
+    """Attention patterns `[q_pos, k_pos]` with their titles, four in a row; the numbers are the share of a row's attention."""
+    columns = min(4, len(patterns))
+    rows = -(-len(patterns) // columns)
+    figure = Picture(figsize=(1.95 * columns, 2.1 * rows))
+    for axes, (title, pattern) in zip(figure.subplots(rows, columns, squeeze=False).flatten(), patterns.items(), strict=False):
+        _heat(axes, pattern, (0.0, 1.0), 2)
+        axes.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xticklabels=tokens, yticklabels=tokens)
+        axes.set_title(title, fontsize=8.5)
+    figure.alt = "Attention patterns; where the last token looks: " + "; ".join(
+        f"{title}: " + ", ".join(f"{token} {p:.2f}" for token, p in zip(tokens, pattern[-1].tolist(), strict=True))
+        for title, pattern in patterns.items()) + "."
+    return figure
+
+
+@_in_style
+def wiring(grids: Mapping[str, torch.Tensor], rows: Sequence[str], columns: Sequence[str], words: str,
+           limits: tuple[float, float] | None) -> Picture:
+    """Heat maps of Layer 2's heads (rows) by Layer 1's (columns), two in a row (Figure 11), on one scale."""
+    low, high = limits or (0.0, max(float(grid.max()) for grid in grids.values()))
+    figure = Picture(figsize=(7.6, 3.3 * -(-len(grids) // 2)))
+    for axes, (title, grid) in zip(figure.subplots(-(-len(grids) // 2), 2).flatten(), grids.items(), strict=False):
+        _heat(axes, grid, (low, high), 2)
+        axes.set(title=title.strip(), xticks=range(len(columns)), yticks=range(len(rows)), xticklabels=columns, yticklabels=rows,
+                 xlabel="head of Layer 1", ylabel="head of Layer 2")
+        axes.label_outer(remove_inner_ticks=False)
+    figure.alt = f"Heat maps of {words}, Layer 2's heads by Layer 1's: " + "; ".join(
+        f"{title.strip()}, from {grid.min():.2f} to {grid.max():.2f}" for title, grid in grids.items()) + "."
     return figure

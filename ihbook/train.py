@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 import cloudpickle
 import torch
@@ -29,8 +30,9 @@ from ihbook.banks import Bank
 from ihbook.config import RunConfig
 from ihbook.family import Prepared, Result, prepare
 
-BLOCK = {"cpu": 2, "cuda": 512}  # runs in one program: on a CPU, as many as a core's second-level cache holds
-COMPILE_FROM = 25_000  # run-steps of one program: compiling takes up to a minute, and saves about a millisecond at each
+BLOCK = {"cpu": 2, "cuda": 512}  # runs in one compiled program: on a CPU, as many as a core's second-level cache holds
+PLAIN_BLOCK = 8  # runs in one program that is not compiled, where more of them share the cost of calling each operation
+COMPILE_FROM = 31_000  # run-steps of one program: compiling takes up to a minute, and saves about a millisecond at each
 SHARE_FROM = 6_000  # run-steps in all: a process takes some seconds to start
 
 
@@ -77,25 +79,29 @@ def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | tor
     """Which runs train as one program: those that a stopped call left in `directory` as it had them, and of the others,
     blocks of runs that can, of like length, the longest first; compiled where it pays, or as `compile` says.
 
-    On a CPU blocks are small, and every core gets one.
+    On a CPU blocks are small, every core gets one, and in those that are compiled all have the same kinds of clamps: each
+    other mixture would be compiled anew.
     """
     waiting = dict(enumerate(prepared))
     blocks = list(_stopped(waiting, directory, compile))
+    work: dict[tuple, int] = defaultdict(int)
+    for each in waiting.values():
+        work[each.program] += each.config.n_steps
+    compiled = {program: n >= COMPILE_FROM if compile is None else compile for program, n in work.items()}
+    kind = torch.device(device).type
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, each in waiting.items():
-        groups[each.program].append(i)
-    kind = torch.device(device).type
-    for members in groups.values():
+        groups[each.program, each.kinds_of_clamps if kind == "cpu" and compiled[each.program] else None].append(i)
+    for (program, _), members in groups.items():
         members.sort(key=lambda i: -prepared[i].config.n_steps)
-        work = sum(prepared[i].config.n_steps for i in members)
-        n = -(-len(members) // BLOCK[kind])
-        if kind == "cpu" and work >= SHARE_FROM:
+        n = -(-len(members) // (PLAIN_BLOCK if kind == "cpu" and not compiled[program] else BLOCK[kind]))
+        if kind == "cpu" and work[program] >= SHARE_FROM:
             cores = min(len(members), n_cores())
             n = -(-n // cores) * cores
         even = -(-len(members) // n)
         for start in range(0, len(members), even):
             places = members[start:start + even]
-            blocks.append(Block([prepared[i] for i in places], places, work >= COMPILE_FROM if compile is None else compile))
+            blocks.append(Block([prepared[i] for i in places], places, compiled[program]))
     return blocks
 
 
@@ -130,22 +136,37 @@ def train_blocks(blocks: Sequence[Block], directory: Path, device: str | torch.d
     """
     for block in blocks:
         families.announce(block.family, block.folder(directory), block.compile)
-    bar = tqdm(total=sum(block.run_steps for block in blocks), desc=f"{sum(len(block.family) for block in blocks)} runs",
-               disable=not progress, leave=False, unit="run-step", mininterval=0.5 if sys.stderr.isatty() else 3.0, smoothing=0.05)
+    with ExitStack() as stack:
+        screen = stack.enter_context(_screen())
+        bar = stack.enter_context(tqdm(
+            total=sum(block.run_steps for block in blocks), desc=f"{sum(len(block.family) for block in blocks)} runs",
+            disable=not progress, leave=False, unit="run-step", smoothing=0.05, file=screen,
+            mininterval=0.5 if screen.isatty() else 5.0))
 
-    def report(run_steps: int, losses: tuple[float, float] | None) -> None:
-        if losses:
-            low, high = (f"{loss:.3f}" for loss in losses)
-            bar.set_postfix_str(f"loss {low}" + (f" to {high}" if low != high else ""), refresh=False)
-        bar.update(run_steps)
+        def report(run_steps: int, losses: tuple[float, float] | None) -> None:
+            if losses:
+                low, high = (f"{loss:.3f}" for loss in losses)
+                bar.set_postfix_str(f"loss {low}" + (f" to {high}" if low != high else ""), refresh=False)
+            bar.update(run_steps)
 
-    finished = 0
-    with bar, _stop_signals() as stopped:
+        finished = 0
+        stopped = stack.enter_context(_stop_signals())
         for block in _in_turn(blocks, directory, device, stopped, report):
             yield block, families.train_family(block.family, block.folder(directory), device)  # reads what is finished
             finished += 1
     if finished < len(blocks):
         raise KeyboardInterrupt(f"stopped; the state is saved in {directory}, and the same call goes on from there")
+
+
+@contextmanager
+def _screen() -> Iterator[TextIO]:
+    """Where progress is shown: standard error, or what a build of the book names, whose notebooks' own goes unseen."""
+    path = os.environ.get("IHBOOK_PROGRESS")
+    if not path:
+        yield sys.stderr
+        return
+    with open(path, "a") as file:
+        yield file
 
 
 def _in_turn(blocks: Sequence[Block], directory: Path, device: str | torch.device, stopped: Callable[[], bool],
@@ -170,11 +191,14 @@ def _in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped: Cal
                   report: Callable) -> Iterator[Block]:
     """Share the blocks among `n` processes, each keeping its compiled programs from block to block."""
     shares: list[list[int]] = [[] for _ in range(n)]
-    for i in sorted(range(len(blocks)), key=lambda i: -blocks[i].run_steps):
-        min(shares, key=lambda share: sum(blocks[j].run_steps for j in share)).append(i)
+    total, done = sum(block.run_steps for block in blocks), 0
+    for i, block in enumerate(blocks):  # neighbours, which may have a compiled program in common, go to one process
+        shares[int((done + block.run_steps / 2) * n / total)].append(i)
+        done += block.run_steps
     messages: queue.Queue = queue.Queue()
     with ExitStack() as stack:
-        processes = [stack.enter_context(_process([(i, blocks[i]) for i in share], directory, messages)) for share in shares]
+        processes = [stack.enter_context(_process([(i, blocks[i]) for i in share], directory, messages))
+                     for share in shares if share]
         running = len(processes)
         while running:
             if stopped():

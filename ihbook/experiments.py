@@ -1,0 +1,162 @@
+"""What a chapter is asked for, and the paper's runs under it: at published scale, or quick."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ihbook import clamps, data, metrics
+from ihbook.banks import load_bank
+from ihbook.config import BankConfig, RunConfig, TaskConfig, one_of, whole
+from ihbook.data import Batch
+from ihbook.family import Result, check_device
+
+PUBLISHED = 1_000_000  # sequences of the paper's main run
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long the main run is, in sequences, how it is trained, how often at most it is evaluated and on how many sequences,
+    the seeds of a figure, and the most sequences that an analysis of a finished network averages over."""
+
+    n_sequences: int
+    lr: float
+    finest: int
+    eval_size: int
+    n_seeds: int
+    analysed: int
+
+
+PROFILES = {"paper": Scale(PUBLISHED, 1e-5, 32, 1000, 3, 100_000), "quick": Scale(64_000, 7e-4, 640, 250, 1, 10_000)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of a chapter. Raises ValueError that names the one that is off, before anything is trained.
+
+    `profile` is "paper" or "quick" (None: what the environment variable IHBOOK_PROFILE says, else "paper"). `n_seeds`
+    networks have this seed and those after it. `n_sequences` is the length of the main run, and other runs are as much longer
+    or shorter as in the paper. None: the profile's.
+    """
+
+    profile: str | None = None
+    seed: int = 5
+    n_seeds: int | None = None
+    bank: str = "glyphs"
+    bank_path: str | None = None
+    n_classes: int = 50
+    n_labels: int = 5
+    n_sequences: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self):
+        object.__setattr__(self, "profile", self.profile or os.environ.get("IHBOOK_PROFILE") or "paper")
+        one_of("profile", self.profile, tuple(PROFILES))
+        whole("seed", self.seed, 0)
+        if self.n_seeds is None:
+            object.__setattr__(self, "n_seeds", self.scale.n_seeds)
+        whole("n_seeds", self.n_seeds, 1)
+        if self.n_sequences is None:
+            object.__setattr__(self, "n_sequences", self.scale.n_sequences)
+        whole("n_sequences", self.n_sequences, 1)
+        check_device(self.device)
+        data.split(load_bank(self.run().bank), self.run().task)  # says what is wrong with the bank, n_classes and n_labels
+
+    @property
+    def scale(self) -> Scale:
+        return PROFILES[self.profile]
+
+    @property
+    def as_published(self) -> bool:
+        """Whether the sizes are the paper's, so that its numbers can stand beside those measured."""
+        return (self.n_classes, self.n_labels, self.n_sequences, self.scale.lr) == (50, 5, PUBLISHED, 1e-5)
+
+    @property
+    def digest(self) -> str:
+        """Names what the numbers are of: all but how many seeds there are, the device, and where the bank lies."""
+        values = {**asdict(self), "n_seeds": None, "device": None, "bank_path": None}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def length(self, published: float) -> int:
+        """As many sequences as `published` in a run of the paper, of 1,000,000."""
+        return max(32, round(published * self.n_sequences / PUBLISHED))
+
+    def every(self, published: float) -> int:
+        """A distance between evaluations or checkpoints, likewise, but the same whatever `n_sequences`."""
+        return max(self.scale.finest, round(published * self.scale.n_sequences / PUBLISHED))
+
+    def run(self, length: float = PUBLISHED, *, clamps: Sequence[Any] = (), n_classes: int | None = None,
+            n_labels: int | None = None, eval_every: float = 5000, heads_every: float = 0,
+            checkpoint_every: float = 0, nth: int = 0) -> RunConfig:
+        """A run of the `nth` seed, counted from 0, with a data stream of its own; lengths as in the paper."""
+        return RunConfig(
+            bank=BankConfig(name=self.bank, path=self.bank_path), clamps=tuple(clamps), init_seed=self.seed + nth,
+            data_seed=nth, lr=self.scale.lr,
+            task=TaskConfig(n_classes=n_classes or self.n_classes, n_labels=n_labels or self.n_labels),
+            n_sequences=self.length(length), eval_size=self.scale.eval_size, eval_every=self.every(eval_every),
+            heads_every=self.every(heads_every) if heads_every else 0,
+            checkpoint_every=self.every(checkpoint_every) if checkpoint_every else 0)
+
+
+def main_runs(settings: Settings) -> list[RunConfig]:
+    """The full network, a run a seed: what most chapters start from (Figure 3)."""
+    return [settings.run(heads_every=1000, checkpoint_every=20_000, nth=i) for i in range(settings.n_seeds)]
+
+
+def training_sequences(settings: Settings) -> Batch:
+    """All distinct training sequences, or where they are more than the profile allows, a sample of so many."""
+    run = settings.run()
+    splits = data.split(load_bank(run.bank), run.task)
+    n = run.task.n_classes * (run.task.n_classes - 1) * len(splits.train_sets) * 4
+    if n <= settings.scale.analysed:
+        return data.every_training_sequence(splits)
+    return data.sample(splits, settings.scale.analysed, data.seeded("analysis", run.eval_seed))
+
+
+def by_strength(result: Result, sequences: Batch, layer: int = 1) -> dict[int, float]:
+    """The heads of a layer of a finished network and their induction strengths, the strongest first (Figure 3b)."""
+    strength = metrics.measure(result.weights, sequences)["strength"][0, layer].tolist()
+    return dict(sorted(enumerate(strength), key=lambda item: -item[1]))
+
+
+def previous_token_heads(result: Result, share: float = 0.5) -> list[int]:
+    """The heads of Layer 1 whose label tokens attend to the token before them at least `share` as much as those of the head
+    that does so most, at the end of training."""
+    end = result.heads[(result.heads["sequences"] == result.heads["sequences"].max()) & (result.heads["layer"] == 0)]
+    attention = end.set_index("head")["previous_token"]
+    return sorted(int(head) for head in attention.index[attention >= share * attention.max()])
+
+
+def only(head: int | Sequence[int], n_heads: int = 8) -> clamps.Ablate:
+    """The clamp that leaves only these heads of Layer 2."""
+    return clamps.Ablate(metrics.others(1, head, n_heads))
+
+
+def without(head: int) -> clamps.Ablate:
+    """The clamp that takes this head of Layer 2 away."""
+    return clamps.Ablate((1, head))
+
+
+def single_head(run: RunConfig, head: int | Sequence[int], *more: Any) -> RunConfig:
+    """The run with only this head (or these) left in Layer 2, and further clamps (Figures 4b, 5b, 6, 8, 17)."""
+    return replace(run, clamps=(only(head, run.model.n_heads), *more))
+
+
+def curve(result: Result, **columns: Any) -> pd.DataFrame:
+    """A run's losses on the training set as rows sequences, value, and what else should stand in every row."""
+    rows = result.metrics[(result.metrics["eval_set"] == "train") & (result.metrics["metric"] == "loss")]
+    return rows[["sequences", "value"]].assign(run=result.config.init_seed, **columns)
+
+
+def loss_at(result: Result, sequences: float) -> float:
+    """The loss on the training set at that many sequences, interpolated linearly; NaN beyond the run's end."""
+    rows = curve(result)
+    return float(np.interp(sequences, rows["sequences"], rows["value"], right=math.nan))

@@ -1,0 +1,79 @@
+"""Claims: verdicts, what is kept of them, and the settings they are of."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from ihbook import claims, experiments
+from ihbook.experiments import Settings
+
+QUICK = Settings("quick")
+
+
+@pytest.mark.parametrize("key, values, word", [
+    ("redundant", [0.01, 0.02, 0.9], "holds"), ("redundant", [0.06], "differs"), ("redundant", 0.05, "holds"),
+    ("plateau", [0.7], "holds"), ("plateau", [0.6], "differs"), ("plateau", [0.9], "differs"),
+    ("each-learns", [8], "holds"), ("each-learns", [7], "differs"), ("plateau", [math.nan], "not tested"),
+    ("plateau", [math.nan, 0.7], "holds"), ("plateau", [], "not tested"),
+])
+def test_verdicts(key, values, word):
+    assert claims.judge(key, values).word == word
+
+
+def test_what_was_measured_in_words():
+    assert claims.judge("plateau", [0.7, 0.8, 0.75]).measured == "0.75 (0.7 to 0.8)"
+    assert claims.judge("plateau", [math.nan, 0.7]).measured == "0.7" and claims.judge("plateau", []).measured == "–"
+
+
+def test_claims_are_whole():
+    for key, claim in claims.CLAIMS.items():
+        assert claim.key == key and claim.low <= claim.high and (math.isfinite(claim.low) or math.isfinite(claim.high))
+        assert claim.sentence and claim.published and claim.measure and claim.holds_if
+
+
+def test_an_unknown_claim_is_an_error():
+    with pytest.raises(KeyError, match="no claim 'x'"):
+        claims.judge("x", [1.0])
+
+
+def test_what_is_recorded_is_gathered_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
+    assert {v.word for v in claims.gathered(QUICK)} == {"not tested"}
+    table = claims.record([claims.judge("redundant", [0.2]), claims.judge("plateau", [0.7, math.nan])], QUICK)
+    assert table["verdict"].tolist() == ["differs", "holds"]
+    found = {v.key: v for v in claims.gathered(replace(QUICK, n_seeds=2))}
+    assert (found["redundant"].word, found["plateau"].word) == ("differs", "holds")
+    assert [k for k, v in found.items() if v.word != "not tested"] == ["plateau", "redundant"]
+    assert {v.word for v in claims.gathered(replace(QUICK, seed=6))} == {"not tested"}
+    monkeypatch.setitem(claims.CLAIMS, "redundant", replace(claims.CLAIMS["redundant"], high=0.3))
+    assert {v.key: v.word for v in claims.gathered(QUICK)}["redundant"] == "not tested"  # it is another claim now
+
+
+@pytest.mark.parametrize("bad, words", [
+    ({"profile": "fast"}, "profile='fast'"), ({"seed": -1}, "seed=-1"), ({"n_seeds": 0}, "n_seeds=0"),
+    ({"n_sequences": 0}, "n_sequences=0"), ({"bank": "klingon"}, "klingon"), ({"n_labels": 1}, "n_labels=1"),
+    ({"n_classes": 1600}, "n_classes=1600"), ({"device": "tpu"}, "device='tpu'"), ({"n_seeds": "3"}, "n_seeds='3'"),
+])
+def test_bad_settings_are_named(bad, words):
+    with pytest.raises(ValueError, match=words):
+        Settings(**bad)
+
+
+def test_profiles(monkeypatch):
+    monkeypatch.delenv("IHBOOK_PROFILE", raising=False)
+    paper = Settings()
+    assert (paper.profile, paper.n_sequences, paper.as_published) == ("paper", 1_000_000, True)
+    assert paper.length(4e5) == 400_000 and paper.run(eval_every=1000).eval_every == 1000
+    half = Settings(n_sequences=500_000)
+    assert half.length(4e5) == 200_000 and half.run().eval_every == 5000 and not half.as_published
+    monkeypatch.setenv("IHBOOK_PROFILE", "quick")
+    assert Settings().profile == "quick" and not Settings().as_published and Settings("paper").profile == "paper"
+    runs = experiments.main_runs(Settings(n_seeds=3))
+    assert [(r.init_seed, r.data_seed) for r in runs] == [(5, 0), (6, 1), (7, 2)]
+
+
+def test_a_single_head_is_left():
+    run = experiments.single_head(QUICK.run(), 3)
+    assert set(run.clamps[0].heads) == {(1, h) for h in range(8) if h != 3}
+    assert set(experiments.single_head(QUICK.run(), (3, 5)).clamps[0].heads) == {(1, h) for h in (0, 1, 2, 4, 6, 7)}

@@ -1,0 +1,48 @@
+"""The toy model: its loss, its gradient descent, what clamps do to it."""
+
+import pytest
+import torch
+
+from ihbook import toy
+
+
+def test_the_loss_is_that_of_the_tensors():
+    generator = torch.Generator().manual_seed(0)
+    v, w = ({n: torch.randn(3, 5, generator=generator, dtype=torch.float64) for n in toy.NAMES} for _ in range(2))
+    products = [torch.einsum("ri,rj,rk->rijk", x["a"], x["b"], x["c"]) for x in (v, w)]
+    torch.testing.assert_close(toy.loss(v, w), 0.5 * (products[0] - products[1]).square().mean((1, 2, 3)))
+
+
+def test_a_step_is_down_the_gradient():
+    """The gradient as the chapter prints it, for one vector, two iterations."""
+    table = toy.train([3], ["b", "c"], n_dims=4, n_iterations=1, lr=0.5)
+    generator = torch.Generator().manual_seed(3)
+    truth = {n: torch.randn(4, generator=generator, dtype=torch.float64) for n in toy.NAMES}
+    a = torch.randn(4, generator=generator, dtype=torch.float64)
+    size = truth["b"].norm() ** 2 * truth["c"].norm() ** 2 / 4**3
+    losses = [0.5 * size * (truth["a"] - x).norm() ** 2 for x in (a, a + 0.5 * size * (truth["a"] - a))]
+    assert table["loss"].tolist() == pytest.approx([x.item() for x in losses])
+    assert table["loss_given_b_and_c"].iloc[0] == pytest.approx(min(losses[0].item(), 0.5 * size * (truth["a"] + a).norm() ** 2))
+    assert table["relative_loss"].iloc[0] == pytest.approx((losses[0] / (0.5 * size * truth["a"].norm() ** 2)).item())
+
+
+def test_a_plateau_that_clamps_shorten():
+    times = {}
+    for clamped in ((), ("c",), ("b", "c")):
+        table = toy.train([1, 4], clamped)
+        for run, rows in table.groupby("run"):
+            times[run, clamped] = (rows["relative_loss"] < 0.5).to_numpy().argmax()
+    for run in (1, 4):
+        assert times[run, ("b", "c")] < 0.5 * times[run, ("c",)] < 0.25 * times[run, ()]
+
+
+def test_runs_do_not_touch_each_other():
+    together, alone = toy.train([1, 2], n_iterations=20), toy.train([2], n_iterations=20)
+    assert together[together["run"] == 2]["loss"].tolist() == pytest.approx(alone["loss"].tolist())
+    assert (together["misaligned_c"] > 0).all() and (toy.train([1], ["c"], n_iterations=5)["misaligned_c"].abs() < 1e-12).all()
+
+
+@pytest.mark.parametrize("bad", [{"clamped": ["d"]}, {"n_dims": 0}, {"n_iterations": 0}, {"lr": -1}])
+def test_bad_input_is_named(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        toy.train(**bad)

@@ -129,10 +129,10 @@ def by_strength(result: Result, sequences: Batch, layer: int = 1) -> dict[int, f
 
 def previous_token_heads(result: Result, share: float = 0.5) -> list[int]:
     """The heads of Layer 1 whose label tokens attend to the token before them at least `share` as much as those of the head
-    that does so most, at the end of training."""
+    that does so most, at the end of training; the weakest first."""
     end = result.heads[(result.heads["sequences"] == result.heads["sequences"].max()) & (result.heads["layer"] == 0)]
     attention = end.set_index("head")["previous_token"]
-    return sorted(int(head) for head in attention.index[attention >= share * attention.max()])
+    return [int(head) for head in attention[attention >= share * attention.max()].sort_values().index]
 
 
 def only(head: int | Sequence[int], n_heads: int = 8) -> clamps.Ablate:

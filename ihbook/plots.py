@@ -286,8 +286,7 @@ def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping
             below = median.index[median < THRESHOLD]
             words.append(f"{title}, {name}: " + (f"below {THRESHOLD:.2f} at {below[0]:,.0f}" if len(below) else "never low"))
         axes.axhline(THRESHOLD, color=MUTED, ls=(0, (1, 2)), lw=1)
-        axes.set(title=title, ylim=(-0.02 * high, high), ylabel="training loss (nats)")
-        axes.label_outer(remove_inner_ticks=False)
+        axes.set(title=title, ylim=(-0.02 * high, high), ylabel="training loss (nats)" if axes in grid[::2] else "")
         _millions(axes, rows["sequences"].max())
     for name, hue in colour.items():
         grid[0].plot([], [], color=hue, label=name)
@@ -308,12 +307,13 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
     """
     figure = Picture(figsize=(7.6, 4.1))
     axes = figure.subplots()
-    last, ends, words = table["sequences"].max(), [], []
+    last, height, words = table["sequences"].max(), {}, []
     for name, hue in colour.items():
         rows = table[table["group"] == name]
         if rows.empty:
             continue
         median = _curve(axes, rows, hue)
+        height[name] = axes.lines[-1], median.mean()
         if name in dashed:
             axes.lines[-1].set_linestyle((0, (4, 2)))
         for point in (published or {}).get(name, ()):
@@ -322,7 +322,6 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
         if threshold and len(below):
             axes.plot(below[0], THRESHOLD, "o", color=hue, ms=4.5, zorder=5)
         at_end = float(median.iloc[-1])
-        ends.append((np.log10(max(at_end, 1e-12)) if log else at_end, name, hue, median.index[-1]))
         crossing = f", first below {THRESHOLD:.2f} at {below[0]:,.0f}" if threshold and len(below) else ""
         words.append(f"{name} {at_end:.3g}{crossing}")
     if ln2:
@@ -343,15 +342,15 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
     if x:
         axes.set_xlabel(x)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    low, high = (np.log10(v) for v in axes.get_ylim()) if log else axes.get_ylim()
-    at = _spread([end for end, *_ in sorted(ends)], 0.06 * (high - low))
-    for (end, name, hue, stops), place in zip(sorted(ends), at, strict=True):
-        axes.annotate(name, (stops, 10**end if log else end), xytext=(last * 1.035, 10**place if log else place), color=hue,
-                      va="center", fontsize=9.5, annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": hue, "lw": 0.7, "shrinkA": 1, "shrinkB": 4})
+    names = sorted(height, key=lambda name: -height[name][1])  # as the curves lie, so that the eye finds them
+    lines = [height[name][0] for name in names]
     if published:
-        axes.plot([], [], "o", mfc="white", mec=MUTED, ms=6.5, mew=1.6, label="published (authors' features)")
-        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.02), fontsize=9, labelcolor=MUTED)
+        lines += axes.plot([], [], "o", mfc="white", mec=MUTED, ms=6.5, mew=1.6)
+        names = [*names, "published (authors' features)"]
+    legend = axes.legend(lines, names, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.03), fontsize=9.5,
+                         labelspacing=0.25, handlelength=1.5)
+    for text, line in zip(legend.get_texts(), lines, strict=True):
+        text.set_color(line.get_color() if line.get_marker() == "None" else MUTED)
     figure.alt = f"{y} against {x or 'sequences seen'}, to {last:,}. At the end: {'; '.join(words)}."
     return figure
 
@@ -381,10 +380,10 @@ def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
             axes.legend(frameon=False, fontsize=9, labelcolor=MUTED, loc="best", handletextpad=0.2)
         rest = table[table["run"] != first]
         axes.plot(rest["strength"], rest[column], "o", color="#c9c9c9", ms=4.5)
-        for row in table[table["run"] == first].to_dict("records"):
+        for i, row in enumerate(table[table["run"] == first].sort_values("strength").to_dict("records")):
             axes.plot(row["strength"], row[column], "o", color=head_colour(row["head"]), ms=7)
-            axes.annotate(f"1.{row['head']}", (row["strength"], row[column]), xytext=(0, 6), textcoords="offset points",
-                          color=head_colour(row["head"]), fontsize=8.5, ha="center")
+            axes.annotate(f"1.{row['head']}", (row["strength"], row[column]), xytext=(0, -14 if i % 2 else 7),
+                          textcoords="offset points", color=head_colour(row["head"]), fontsize=8.5, ha="center")
         axes.set(xlabel="induction strength", ylabel=words)
         axes.margins(0.09, 0.13)
     best = table[table["run"] == first].sort_values("strength", ascending=False)

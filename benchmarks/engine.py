@@ -62,10 +62,10 @@ def rows():
     for name, chosen in CLAMPS.items():
         yield f"8 runs, {name}", replace(RUN, clamps=chosen), 8, 2500
     for width in (32, 128):
-        yield f"8 runs, width {width}", replace(RUN, model=ModelConfig(d_model=width)), 8, 400
+        yield f"8 runs, width {width}", replace(RUN, model=ModelConfig(d_model=width)), 8, 2000
     for pairs in (4, 8):
         task = TaskConfig(n_pairs=pairs, burstiness=pairs // 2)
-        yield f"8 runs, {2 * pairs + 1} positions", replace(RUN, task=task), 8, 300
+        yield f"8 runs, {2 * pairs + 1} positions", replace(RUN, task=task), 8, 2000
 
 
 def main() -> None:

@@ -489,6 +489,10 @@ class During:
         return self.start <= sequences and (self.until is None or sequences < self.until)
 
 
+CATALOGUE = {Ablate, Preserve, PreviousToken, BlockPreviousToken, Induction, SimilarityMatch, HeadTemperature, LabelAttentionOnly,
+             Copy, PerfectLayer1, Graft, AblateEmbedding, During}
+
+
 def active(clamps: Sequence[Clamp], sequences: float) -> tuple[Clamp, ...]:
     """The clamps that hold at that many sequences seen, without their windows."""
     return tuple(c.clamp if isinstance(c, During) else c for c in clamps

@@ -66,20 +66,26 @@ def test_the_same_run_gives_the_same_bits(small_bank):
 
 
 def test_a_family_equals_each_run_alone(small_bank):
+    """Every clamp, 500 steps, lengths and data of their own."""
     other = initial_weights(MODEL, 16, 5, 77)
-    runs = [RUN, replace(RUN, init_seed=6, data_seed=3), replace(RUN, n_sequences=1600),
-            replace(RUN, clamps=(clamps.Induction((1, 1)),)), replace(RUN, clamps=(clamps.PerfectLayer1(), clamps.Copy((1, 0)))),
-            replace(RUN, clamps=(clamps.Ablate((0, 0)), clamps.Preserve("values")), n_sequences=2400),
-            replace(RUN, clamps=(clamps.During(clamps.PreviousToken((0, 1)), 640, 1920),)),
-            replace(RUN, clamps=(clamps.Graft(other),)), replace(RUN, clamps=(clamps.Graft(other, part="above"),)),
-            replace(RUN, task=replace(RUN.task, n_classes=20))]
+    steady = replace(RUN, n_sequences=16_000, lr=5e-4, eval_every=4000, checkpoint_every=0)
+    kinds = [(), (clamps.Ablate((0, 0)),), (clamps.Ablate((0, 0)), clamps.Preserve("values")),
+             (clamps.Ablate((0, 1)), clamps.Preserve(("patterns", "queries"))), (clamps.PreviousToken((0, 1), 0.9),),
+             (clamps.BlockPreviousToken((0, 0), labels_only=True),), (clamps.Induction((1, 1)),),
+             (clamps.SimilarityMatch((1, 0), 0.5),), (clamps.HeadTemperature((0, 1), 2.0),), (clamps.LabelAttentionOnly((1, 1)),),
+             (clamps.Copy((1, 0)),), (clamps.PerfectLayer1(),), (clamps.PerfectLayer1(), clamps.Copy((1, 0))),
+             (clamps.Graft(other),), (clamps.Graft(other, part="above"),), (clamps.AblateEmbedding(),),
+             (clamps.During(clamps.PreviousToken((0, 1)), 3200, 9600),)]
+    assert len(clamps.CATALOGUE - {type(c) for kind in kinds for c in kind}) == 0
+    runs = [replace(steady, clamps=kind, data_seed=i, n_sequences=(16_000, 9_600)[i % 2]) for i, kind in enumerate(kinds)]
+    runs += [replace(steady, init_seed=6), replace(steady, task=replace(RUN.task, n_classes=20))]
     assert len({t.Prepared.of(run, small_bank).program for run in runs}) == 1
-    for run, together in zip(runs, train(runs, small_bank), strict=True):
+    for run, together in zip(runs, train(runs, small_bank, compile=False), strict=True):
         [alone] = train([run], small_bank)
         assert together.config == run
         for name, tensor in alone.weights.tensors.items():
             torch.testing.assert_close(together.weights.tensors[name], tensor, atol=1e-4, rtol=1e-3)
-        pd.testing.assert_frame_equal(together.metrics, alone.metrics, atol=5e-3, rtol=1e-3)
+        pd.testing.assert_frame_equal(together.metrics, alone.metrics, atol=2e-2, rtol=1e-3)  # an answer of 50 may tip over
 
 
 def test_different_programs_train_in_one_call(small_bank):
@@ -479,6 +485,17 @@ class Untraceable:
     def source(acts):
         torch._dynamo.graph_break()
         return acts["resid_pre", 1].unflatten(3, (2, 8))
+
+
+@pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
+def test_a_compiled_program_serves_families_of_other_sizes_and_plans(small_bank):
+    """Guards are checked once for each; what was compiled for one must not be used for another."""
+    runs = [RUN, replace(RUN, n_sequences=1600), replace(RUN, clamps=(clamps.During(clamps.PreviousToken((0, 1)), 640, 1280),))]
+    plain, compiled = (train(runs, small_bank, compile=compile) for compile in (False, True))
+    for a, b in zip(plain, compiled, strict=True):
+        pd.testing.assert_frame_equal(a.metrics, b.metrics, atol=2e-2, rtol=1e-3)
+        for name, tensor in a.weights.tensors.items():
+            torch.testing.assert_close(b.weights.tensors[name], tensor, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")

@@ -84,8 +84,10 @@ def test_a_family_equals_each_run_alone(small_bank):
         [alone] = train([run], small_bank)
         assert together.config == run
         for name, tensor in alone.weights.tensors.items():
-            torch.testing.assert_close(together.weights.tensors[name], tensor, atol=1e-4, rtol=1e-3)
-        pd.testing.assert_frame_equal(together.metrics, alone.metrics, atol=2e-2, rtol=1e-3)  # an answer of 50 may tip over
+            # Projections of embeddings that are 0 have gradients of mere rounding, which Adam enlarges; they do nothing.
+            if (clamps.AblateEmbedding(),) != run.clamps or "qkv" not in name:
+                torch.testing.assert_close(together.weights.tensors[name], tensor, atol=1e-4, rtol=1e-3)
+        pd.testing.assert_frame_equal(together.metrics, alone.metrics, atol=1e-4, rtol=1e-4)
 
 
 def test_different_programs_train_in_one_call(small_bank):

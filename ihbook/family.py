@@ -9,6 +9,7 @@ import math
 import os
 import time
 import warnings
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -193,7 +194,6 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
     run-steps done since it was last told, and now and then the losses. Raises OSError where `folder` can't be written.
     """
     first = family[0].config
-    size = first.batch_size
     state = _load(folder, family, device)
     if state is None:
         params = stack([each.weights for each in family], device)
@@ -215,9 +215,8 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 _save(folder, state)
                 saved_at = time.monotonic()
-            scalars = step.scalars_of(rate(first, state.step * size), state.step, device)
-            losses = program.train(state.params, state.moments, schedule.batch(state), schedule.plan(state), first.model,
-                                   scalars)
+            batch, scalars = schedule.batch(state)
+            losses = program.train(state.params, state.moments, batch, schedule.plan(state), first.model, scalars)
             state.step += 1
             report(len(state.alive), losses if state.step % 200 == 0 else None)
     return None if state.alive else [_result(r, each, state, folder) for r, each in enumerate(family)]
@@ -236,36 +235,37 @@ class _Schedule:
 
     def __init__(self, family: Sequence[Prepared], device: str | torch.device, program: step.Program):
         self.family, self.device, self.program = family, device, program
-        self._chunk: tuple[tuple, Batch] | None = None
+        self._chunk: tuple[tuple, list[Batch], list[Tensor]] | None = None
         self._plan: tuple[tuple, clamping.Plan] | None = None
         self._evals: dict[str, tuple[list[int], Batch]] = {}
         configs = [each.config for each in family]
         self.rhythms = {every for c in configs for every in (c.eval_every, c.heads_every, c.checkpoint_every) if every}
+        self.edges = sorted({edge for c in configs for edge in clamping.edges(c.clamps)})
 
-    def batch(self, state: _State) -> Batch:
-        """The step's batches, one a run."""
-        size = self.family[0].config.batch_size
+    def batch(self, state: _State) -> tuple[Batch, Tensor]:
+        """The step's batches, one a run, and the optimiser's scalars (`step.scalars_of`)."""
+        run = self.family[0].config
         number, within = divmod(state.step, CHUNK_STEPS)
         key = (number, *state.alive)
         if self._chunk is None or self._chunk[0] != key:
-            chunks = [data.training_batch(self.family[r].splits, self.family[r].config.data_seed, number, CHUNK_STEPS * size)
-                      for r in state.alive]
-            self._chunk = (key, data.concatenate(chunks).to(self.device))
-        chunk = self._chunk[1]
-        part = slice(within * size, (within + 1) * size)
-        noise = None if chunk.noise is None else chunk.noise[:, part]
-        return Batch(chunk.bank, chunk.ids[:, part], chunk.labels[:, part], noise)
+            whole = data.concatenate([data.training_batch(self.family[r].splits, self.family[r].config.data_seed, number,
+                                                          CHUNK_STEPS * run.batch_size) for r in state.alive]).to(self.device)
+            steps = range(number * CHUNK_STEPS, (number + 1) * CHUNK_STEPS)
+            scalars = step.scalars_of([rate(run, i * run.batch_size) for i in steps], steps, self.device)
+            self._chunk = (key, whole.split(run.batch_size), list(scalars))
+        return self._chunk[1][within], self._chunk[2][within]
 
     def plan(self, state: _State, runs: list[int] | None = None) -> clamping.Plan:
         """The clamps that hold at this step, of the runs that are alive (or of `runs`, uncached)."""
         first = self.family[0].config
         seen = state.step * first.batch_size
-        active = tuple(clamping.active(self.family[r].config.clamps, seen) for r in (runs or state.alive))
-        if runs is None and self._plan is not None and self._plan[0] == active:
+        key = (bisect_right(self.edges, seen), *state.alive)
+        if runs is None and self._plan is not None and self._plan[0] == key:
             return self._plan[1]
+        active = tuple(clamping.active(self.family[r].config.clamps, seen) for r in (runs or state.alive))
         plan = clamping.plan(active, first.model, first.task.n_pairs, device=self.device)
         if runs is None:
-            self._plan = (active, plan)
+            self._plan = (key, plan)
         return plan
 
     def evals(self, name: str, runs: list[int]) -> Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,9 +60,10 @@ def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, confi
     return losses
 
 
-def scalars_of(lr: float, step: int, device: str | torch.device) -> Tensor:
-    """The scalars of optimiser step number `step`, counted from 0."""
-    return torch.tensor([lr, *(1 - beta ** (step + 1) for beta in BETAS)], dtype=torch.float32, device=device)
+def scalars_of(rates: Sequence[float], steps: Sequence[int], device: str | torch.device) -> Tensor:
+    """The scalars of optimiser steps, counted from 0, and their learning rates: `[step, 3]`."""
+    rows = [[lr, *(1 - beta ** (i + 1) for beta in BETAS)] for lr, i in zip(rates, steps, strict=True)]
+    return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 def _compiling(plain: Callable, on_cpu: bool) -> Callable:

@@ -92,7 +92,7 @@ def test_25_training_steps_compiled(record, networks):
     """The same, compiled: all the clamps in one program, and a family of another size without compiling anew."""
     cases = clamps(networks[1])
     run = RunConfig(model=ModelConfig(), lr=1e-3)
-    program = step.program(0, True, "cpu")
+    program = step.program(True, "cpu")
     check_25_steps(program.train, list(cases), cases, run, record, networks[0])
 
 
@@ -103,7 +103,7 @@ def check_25_steps(train_step, names, cases, run, record, weights):
     losses = []
     for i, (exemplars, labels) in enumerate(zip(record["train/exemplars"], record["train/labels"], strict=True)):
         batch = from_exemplars(torch.tensor(exemplars), torch.tensor(labels)).expand(len(names))
-        losses.append(train_step(params, moments, batch, plan, run.model, step.scalars_of(run.lr, i, "cpu")))
+        losses.append(train_step(params, moments, batch, plan, run.model, step.scalars_of([run.lr], [i], "cpu")[0]))
     for i, name in enumerate(names):
         found = torch.stack(losses)[:, i].numpy()
         assert np.abs(found - record[f"{name}/train_loss"]).max() <= 1e-4, name

@@ -436,7 +436,7 @@ def test_every_step_has_sequences_of_its_own(small_bank, monkeypatch):
     monkeypatch.setattr(t, "CHUNK_STEPS", 4)
     family = t.prepare([RUN], small_bank)
     schedule = t._Schedule(family, "cpu", step.PLAIN)
-    batches = [schedule.batch(t._State(i, [0], {}, {})) for i in range(12)]
+    batches = [schedule.batch(t._State(i, [0], {}, {}))[0] for i in range(12)]
     assert len({tuple(b.ids.flatten().tolist()) for b in batches}) == 12
 
 
@@ -450,8 +450,8 @@ def test_steps_are_those_of_torch(small_bank):
         moments, other = step.moments_of(ours, run), reference(theirs.values(), lr=0.01)
         for i in range(5):
             state = t._State(i, [0], ours, moments)
-            batch, plan = schedule.batch(state), schedule.plan(state)
-            step.train_step(ours, moments, batch, plan, run.model, step.scalars_of(0.01, i, "cpu"))
+            (batch, scalars), plan = schedule.batch(state), schedule.plan(state)
+            step.train_step(ours, moments, batch, plan, run.model, scalars)
             other.zero_grad()
             cross_entropy(plan(theirs, batch, run.model).logits, batch).sum().backward()
             other.step()

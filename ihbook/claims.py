@@ -77,9 +77,9 @@ def judge(key: str, values: float | Sequence[float]) -> Verdict:
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """Claims and verdicts as the book shows them, a row a claim."""
-    return pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, c.measure, c.holds_if, v.word)
+    return pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, v.word, c.measure, c.holds_if)
                          for v in verdicts for c in [v.claim]],
-                        columns=["figure", "claim", "published", "measured", "what is measured", "holds if", "verdict"])
+                        columns=["figure", "claim", "published", "measured", "verdict", "what is measured", "holds if"])
 
 
 def record(verdicts: Sequence[Verdict], settings: Settings) -> pd.DataFrame:

@@ -91,7 +91,12 @@ def _millions(axes: Axes, last: float) -> None:
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, gap: float) -> None:
     """Name lines at their right ends, (y, text, colour), spread where they would touch (`gap`, in y's units)."""
     ends = sorted(ends)
-    placed = _spread([y for y, _, _ in ends], gap)
+    placed = [y for y, _, _ in ends]
+    for _ in range(200):  # neighbours that are too close push each other apart, half each
+        for i in range(1, len(placed)):
+            push = (gap - (placed[i] - placed[i - 1])) / 2
+            if push > 1e-9:
+                placed[i - 1], placed[i] = placed[i - 1] - push, placed[i] + push
     for (y, text, colour), at in zip(ends, placed, strict=True):
         axes.annotate(text, (x, y), xytext=(x * 1.035, at), color=colour, va="center", fontsize=9.5, annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 4})
@@ -349,21 +354,10 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
         names = [*names, "published (authors' features)"]
     legend = axes.legend(lines, names, frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.03), fontsize=9.5,
                          labelspacing=0.25, handlelength=1.5)
-    for text, line in zip(legend.get_texts(), lines, strict=True):
-        text.set_color(line.get_color() if line.get_marker() == "None" else MUTED)
+    for text, drawn in zip(legend.get_texts(), lines, strict=True):
+        text.set_color(drawn.get_color() if drawn.get_marker() == "None" else MUTED)
     figure.alt = f"{y} against {x or 'sequences seen'}, to {last:,}. At the end: {'; '.join(words)}."
     return figure
-
-
-def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """Sorted places, moved so that neighbours are `gap` apart."""
-    placed = list(places)
-    for _ in range(200):  # neighbours that are too close push each other apart, half each
-        for i in range(1, len(placed)):
-            push = (gap - (placed[i] - placed[i - 1])) / 2
-            if push > 1e-9:
-                placed[i - 1], placed[i] = placed[i - 1] - push, placed[i] + push
-    return placed
 
 
 @_in_style

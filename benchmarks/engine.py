@@ -57,7 +57,7 @@ def rate(run: RunConfig, n_runs: int, steps: int = 1000) -> float:
 def rows():
     """Name, run, number of runs, steps."""
     for n in (1, 2, 8, 32):
-        yield f"{n} runs", RUN, n, 60_000 // max(n, 4)
+        yield f"{n} run{'s' * (n > 1)}", RUN, n, 15_000 if n < 8 else 7_500
     yield "8 runs, no evaluation", replace(RUN, eval_every=0), 8, 7500
     for name, chosen in CLAMPS.items():
         yield f"8 runs, {name}", replace(RUN, clamps=chosen), 8, 2500

@@ -1,4 +1,4 @@
-"""The catalogue of clamps, and how they compose (`experiments.md` §3).
+"""The catalogue of clamps (`experiments.md` §3). How they compose: `compose.py`.
 
 A clamp is a value. It says, entry by entry, what it replaces in a forward pass; the rest of the network computes from
 that and learns around it. A replaced entry passes no gradient to what it replaced; everything else does, and nothing
@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ihbook.config import ModelConfig, one_of
-from ihbook.data import Batch
-from ihbook.model import KIND, Activations, Override, Params, Site, Weights, forward, stack
+from ihbook.config import one_of
+from ihbook.model import KIND, Activations, Weights
 
 Head = tuple[int, int]
 BLOCKED = -1e9
@@ -96,15 +94,16 @@ def _index(number) -> int:
     return operator.index(number)
 
 
-def _by_layer(clamp: Clamp, heads: tuple[Head, ...], shape: Shape) -> dict[int, list[int]]:
-    """The heads of each layer, after checking that the network has them."""
-    layers = defaultdict(list)
+def _on_heads(clamp: Clamp, heads: tuple[Head, ...], shape: Shape, name: str, entries: Tensor | bool, terms, *,
+              how: str = "set") -> list[Write]:
+    """One write a layer: the same `entries` of one head's activation, for each of `heads`, after checking that they exist."""
+    where = defaultdict(lambda: shape.zeros(name))
     for layer, head in heads:
         if not (0 <= layer < shape.n_layers and 0 <= head < shape.n_heads):
             raise ValueError(f"{clamp}: there is no head {layer}.{head}; layers are 0 to {shape.n_layers - 1}, heads 0 to "
                              f"{shape.n_heads - 1}")
-        layers[layer].append(head)
-    return layers
+        where[layer][head] = entries
+    return [Write(name, layer, mask, terms, how) for layer, mask in where.items()]
 
 
 def _fraction(clamp: Clamp, name: str, value: float) -> None:
@@ -126,12 +125,7 @@ class Ablate(_OnHeads):
     heads: tuple[Head, ...]
 
     def writes(self, shape: Shape) -> list[Write]:
-        result = []
-        for layer, heads in _by_layer(self, self.heads, shape).items():
-            where = shape.zeros("v")
-            where[heads] = True
-            result.append(Write("v", layer, where, ((0.0, None),)))
-        return result
+        return _on_heads(self, self.heads, shape, "v", True, ((0.0, None),))
 
 
 @dataclass(frozen=True)
@@ -196,12 +190,9 @@ class PreviousToken(_OnHeads):
             pattern[row, row - 1], pattern[row, row] = self.strength, 1 - self.strength
         if not self.labels_only:
             rows, pattern[0, 0] = [0, *rows], 1.0
-        result = []
-        for layer, heads in _by_layer(self, self.heads, shape).items():
-            where = shape.zeros("pattern")
-            where[torch.tensor(heads)[:, None], torch.tensor(rows)] = True
-            result.append(Write("pattern", layer, where, ((pattern.expand(where.shape), None),)))
-        return result
+        entries = torch.zeros(pattern.shape, dtype=torch.bool)
+        entries[rows] = True
+        return _on_heads(self, self.heads, shape, "pattern", entries, ((pattern.expand(shape.n_heads, -1, -1), None),))
 
 
 @dataclass(frozen=True)
@@ -213,12 +204,9 @@ class BlockPreviousToken(_OnHeads):
 
     def writes(self, shape: Shape) -> list[Write]:
         rows = torch.tensor(_previous_token_rows(shape, self.labels_only))
-        result = []
-        for layer, heads in _by_layer(self, self.heads, shape).items():
-            where = shape.zeros("attn_scores")
-            where[torch.tensor(heads)[:, None], rows, rows - 1] = True
-            result.append(Write("attn_scores", layer, where, ((BLOCKED, None),)))
-        return result
+        entries = torch.zeros(shape.n_positions, shape.n_positions, dtype=torch.bool)
+        entries[rows, rows - 1] = True
+        return _on_heads(self, self.heads, shape, "attn_scores", entries, ((BLOCKED, None),))
 
 
 def _on_labels(weights: Tensor) -> Tensor:
@@ -244,12 +232,9 @@ class _LabelRow:
 
 
 def _query_rows(clamp: Clamp, heads: tuple[Head, ...], shape: Shape, terms) -> list[Write]:
-    result = []
-    for layer, of_layer in _by_layer(clamp, heads, shape).items():
-        where = shape.zeros("pattern")
-        where[of_layer, -1] = True
-        result.append(Write("pattern", layer, where, terms))
-    return result
+    entries = torch.zeros(shape.n_positions, shape.n_positions, dtype=torch.bool)
+    entries[-1] = True
+    return _on_heads(clamp, heads, shape, "pattern", entries, terms)
 
 
 @dataclass(frozen=True)
@@ -296,8 +281,9 @@ class SimilarityMatch(_OnHeads):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.temperature >= 0:
-            raise ValueError(f"SimilarityMatch: temperature={self.temperature!r} must be 0 or more")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
+            raise ValueError(f"SimilarityMatch: temperature={self.temperature!r} is out of range; it must be 0 (the arg-max) or "
+                             "from 1e-6 up")
 
     def writes(self, shape: Shape) -> list[Write]:
         return _query_rows(self, self.heads, shape, ((1.0, _SimilarityRow(self.temperature)),))
@@ -315,16 +301,11 @@ class HeadTemperature(_OnHeads):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"HeadTemperature: temperature={self.temperature!r} must be positive")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"HeadTemperature: temperature={self.temperature!r} must be positive and finite")
 
     def writes(self, shape: Shape) -> list[Write]:
-        result = []
-        for layer, heads in _by_layer(self, self.heads, shape).items():
-            where = shape.zeros("attn_scores")
-            where[heads] = True
-            result.append(Write("attn_scores", layer, where, ((1 / self.temperature, None),), "scale"))
-        return result
+        return _on_heads(self, self.heads, shape, "attn_scores", True, ((1 / self.temperature, None),), how="scale")
 
 
 @dataclass(frozen=True)
@@ -334,15 +315,13 @@ class LabelAttentionOnly(_OnHeads):
     heads: tuple[Head, ...]
 
     def writes(self, shape: Shape) -> list[Write]:
-        result = []
-        for layer, heads in _by_layer(self, self.heads, shape).items():
+        for layer, _ in self.heads:
             if layer != shape.n_layers - 1:
                 raise ValueError(f"{self}: layer {layer} is not the last; this clamp is defined for heads of layer "
                                  f"{shape.n_layers - 1} alone")
-            where = shape.zeros("attn_scores")
-            where[heads, -1, ::2] = True
-            result.append(Write("attn_scores", layer, where, ((BLOCKED, None),)))
-        return result
+        entries = torch.zeros(shape.n_positions, shape.n_positions, dtype=torch.bool)
+        entries[-1, ::2] = True
+        return _on_heads(self, self.heads, shape, "attn_scores", entries, ((BLOCKED, None),))
 
 
 @dataclass(frozen=True)
@@ -380,7 +359,7 @@ class Copy:
         object.__setattr__(self, "head", heads[0])
 
     def writes(self, shape: Shape) -> list[Write]:
-        _by_layer(self, (self.head,), shape)
+        _on_heads(self, (self.head,), shape, "attn_scores", True, ())  # checks that there is such a head
         return [Write("logits", None, ~shape.zeros("logits"), ((1.0, _CopiedScores(*self.head)),))]
 
 
@@ -491,162 +470,3 @@ class During:
 
 CATALOGUE = {Ablate, Preserve, PreviousToken, BlockPreviousToken, Induction, SimilarityMatch, HeadTemperature, LabelAttentionOnly,
              Copy, PerfectLayer1, Graft, AblateEmbedding, During}
-
-
-def active(clamps: Sequence[Clamp], sequences: float) -> tuple[Clamp, ...]:
-    """The clamps that hold at that many sequences seen, without their windows."""
-    return tuple(c.clamp if isinstance(c, During) else c for c in clamps
-                 if not isinstance(c, During) or c.active(sequences))
-
-
-def edges(clamps: Sequence[Clamp]) -> list[int]:
-    """The numbers of sequences seen at which a clamp goes on or off."""
-    windows = [c for c in clamps if isinstance(c, During)]
-    return sorted({e for c in windows for e in (c.start, c.until) if e})
-
-
-def check(clamps: Sequence[Clamp], shape: Shape) -> None:
-    """Raise ValueError where a clamp does not fit the network, or two write the same entry at some time in training."""
-    for clamp in clamps:
-        if not hasattr(clamp, "writes"):
-            raise ValueError(f"{clamp!r} is not a clamp; use one from ihbook.clamps, or give yours a method writes(shape)")
-    for at in [0, *edges(clamps)]:
-        _compose(active(clamps, at), shape)
-
-
-def _compose(clamps: Sequence[Clamp], shape: Shape) -> dict[Site, dict[str, list[Write]]]:
-    """One run's writes by site and manner; raises where two clamps write the same entry."""
-    grafts = [c for c in clamps if isinstance(c, Graft)]
-    if len(grafts) > 1:
-        raise ValueError(f"{grafts[0]} and {grafts[1]}: a network takes one graft; choose one")
-    sites: dict[Site, dict[str, list[Write]]] = defaultdict(lambda: defaultdict(list))
-    writers: dict[tuple[Site, str], list[tuple[Clamp, Write]]] = defaultdict(list)
-    for clamp in clamps:
-        for write in clamp.writes(shape):
-            site = write.name, write.layer
-            for other, earlier in writers[site, write.how] if write.how != "hold" else []:
-                both = write.where & earlier.where
-                if both.any():
-                    raise ValueError(f"{other} and {clamp} both {write.how} {_entry(site, both)}; drop one, or narrow its "
-                                     "heads, positions or window")
-            writers[site, write.how].append((clamp, write))
-            sites[site][write.how].append(write)
-    return sites
-
-
-def _entry(site: Site, where: Tensor) -> str:
-    """A few words for the first entry of `where`."""
-    name, layer = site
-    first = where.nonzero()[0].tolist() if where.ndim else []
-    head = f" of head {layer}.{first.pop(0)}" if KIND[name] in ("attention", "head") else (
-        f" of layer {layer}" if layer is not None else "")
-    return f"{name}{head}" + (f" at position {', key position '.join(map(str, first))}" if first else "")
-
-
-def _set_anyway(site: Site, sites: dict[Site, dict[str, list[Write]]], like: Tensor) -> Tensor:
-    """The entries of a site that clamps set there or by what it is computed from: what is preserved gives way there."""
-    name, layer = site
-    taken = torch.zeros_like(like)
-    for write in sites[site]["set"] + sites[site]["hold"] if site in sites else []:
-        taken |= write.where
-    if name in ("q", "k", "attn_scores", "pattern") and ("qk_input", layer) in sites:
-        taken |= True
-    if name == "pattern" and ("attn_scores", layer) in sites:
-        by_score = sites["attn_scores", layer]
-        for write in by_score["set"] + by_score["scale"]:
-            taken |= write.where.any(-1, keepdim=True)
-    return taken
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The clamps of a family of runs at one time in training, as overrides with a run axis."""
-
-    overrides: dict[Site, Override] = field(default_factory=dict)
-    donor: Params | None = None
-    frozen: dict[str, Tensor] = field(default_factory=dict)  # weight name -> bool [run, 1, …]: the donor's
-
-    @cached_property
-    def tensors(self) -> list[Tensor]:
-        """All that it holds, each with a run axis."""
-        parts = (t for o in self.overrides.values() for t in (o.where, o.scale, *(c for c, _ in o.terms)))
-        return [*(t for t in parts if t is not None), *(self.donor or {}).values(), *self.frozen.values()]
-
-    def __call__(self, params: Params, batch: Batch, config: ModelConfig, *, query_only: bool = False) -> Activations:
-        """A forward pass under these clamps."""
-        if self.frozen:
-            params = params | {name: torch.where(mask, self.donor[name], params[name]) for name, mask in self.frozen.items()}
-        return forward(params, batch, config, self.overrides, query_only=query_only, donor=self.donor)
-
-
-def plan(clamps: Sequence[Sequence[Clamp]], config: ModelConfig, n_pairs: int, *, dtype: torch.dtype = torch.float32,
-         device: str | torch.device = "cpu") -> Plan:
-    """Compile each run's clamps (no windows: see `active`) into one plan for the family.
-
-    Raises ValueError where a clamp does not fit the network or two of a run's clamps write the same entry.
-    """
-    shape = Shape(config.n_layers, config.n_heads, n_pairs)
-    families = [_compose(run, shape) for run in clamps]
-    overrides = {}
-    for site in dict.fromkeys(site for sites in families for site in sites):
-        overrides[site] = _override(site, families, shape, dtype, device)
-    donors, donor, frozen = [next((c for c in run if isinstance(c, Graft)), None) for run in clamps], None, {}
-    if any(donors):
-        filler = next(graft for graft in donors if graft)
-        donor = {name: p.to(dtype) for name, p in stack([(g or filler).donor for g in donors], device).items()}
-        for name in donor:
-            mask = torch.tensor([g is not None and g.part == "above" and _after(name, g.after_layer) for g in donors])
-            if mask.any():
-                frozen[name] = mask.to(device).view(-1, *[1] * (donor[name].ndim - 1))
-    return Plan(overrides, donor, frozen)
-
-
-def _after(name: str, layer: int) -> bool:
-    """Whether a weight belongs to what follows layer `layer`."""
-    first, _, rest = name.partition(".")
-    return int(rest.split(".")[0]) > layer if first == "layers" else first in ("final_norm", "unembed")
-
-
-def _override(site: Site, families: list, shape: Shape, dtype: torch.dtype, device: str | torch.device) -> Override:
-    """The writes of all runs at one site, stacked. A run that writes nothing there has an empty mask."""
-    name, _ = site
-    nothing = shape.zeros(name)
-    n_runs = len(families)
-    where = nothing.expand(n_runs, *nothing.shape).clone()
-    scale = torch.ones(n_runs, *nothing.shape, dtype=dtype)
-    terms: dict[Source | None, Tensor] = {}
-    for run, sites in enumerate(families):
-        writes = sites.get(site, {})
-        for write in writes.get("scale", []):
-            scale[run][write.where] = write.terms[0][0]
-        for write in writes.get("set", []) + writes.get("keep", []):
-            mask = write.where & ~_set_anyway(site, sites, nothing) if write.how == "keep" else write.where
-            where[run] |= mask
-            for coefficient, source in write.terms:
-                total = terms.setdefault(source, torch.zeros(n_runs, *nothing.shape, dtype=dtype))
-                total[run] += torch.as_tensor(coefficient, dtype=dtype) * mask
-
-    def inside(x: Tensor) -> Tensor:
-        """Axes for the features and the batch: [run, head, q, k, 1], [run, head, 1, pos, 1], [run, 1, pos, 1], [run, 1, 1]."""
-        x = {"attention": x, "head": x.unsqueeze(-2), "stream": x.unsqueeze(-2), "logits": x.unsqueeze(-1)}[KIND[name]]
-        return x.unsqueeze(-1).to(device)
-
-    constant = terms.pop(None, None)
-    every = [(inside(coefficient), source) for source, coefficient in terms.items()]
-    if constant is not None and constant.any():
-        every.append((inside(constant), None))
-    return Override(inside(where) if where.any() else None, tuple(every), inside(scale) if (scale != 1).any() else None)
-
-
-def run(weights: Weights, batch: Batch, clamps: Sequence[Clamp] = (), *, query_only: bool = False) -> Activations:
-    """One network's activations on a batch of one run, under `clamps`. Without windows; gradients are on as usual."""
-    n_pairs = batch.labels.shape[2] - 1
-    if not 0 <= batch.labels.min() <= batch.labels.max() < weights.n_labels:
-        raise ValueError(f"labels are from {batch.labels.min()} to {batch.labels.max()}, but the network has n_labels="
-                         f"{weights.n_labels}; they must be from 0 to {weights.n_labels - 1}")
-    for clamp in clamps:
-        if isinstance(clamp, Graft):
-            clamp.check_donor(weights)
-    check(clamps, Shape(weights.config.n_layers, weights.config.n_heads, n_pairs))
-    family = plan([active(clamps, float("inf"))], weights.config, n_pairs, dtype=weights.tensors["unembed.bias"].dtype)
-    return family(stack([weights]), batch, weights.config, query_only=query_only)

@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ihbook import clamps as clamping
-from ihbook import data, metrics, step
+from ihbook import compose, data, metrics, step
 from ihbook.banks import Bank, load_bank
+from ihbook.clamps import During, Graft, Shape
 from ihbook.config import BankConfig, RunConfig
 from ihbook.data import Batch
 from ihbook.model import Params, Weights, initial_weights, load_weights, save_weights, stack
@@ -130,8 +130,8 @@ class Prepared:
     @classmethod
     def of(cls, run: RunConfig, bank: Bank, split: Callable = data.split,
            evaluation_sets: Callable = data.evaluation_sets) -> Prepared:
-        shape = clamping.Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
-        clamping.check(run.clamps, shape)
+        shape = Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
+        compose.check(run.clamps, shape)
         splits = split(bank, run.task)
         weights = run.initial or initial_weights(run.model, bank.dim, run.task.n_labels, run.init_seed)
         if (weights.config, weights.d_exemplar, weights.n_labels) != (run.model, bank.dim, run.task.n_labels):
@@ -139,8 +139,8 @@ class Prepared:
                              f"n_labels={weights.n_labels}; the run is {run.model}, dim {bank.dim}, n_labels="
                              f"{run.task.n_labels}; give weights that match, or none")
         for clamp in run.clamps:
-            graft = clamp.clamp if isinstance(clamp, clamping.During) else clamp
-            if isinstance(graft, clamping.Graft):
+            graft = clamp.clamp if isinstance(clamp, During) else clamp
+            if isinstance(graft, Graft):
                 graft.check_donor(weights)
         n_positions = 2 * run.task.n_pairs + 1
         if run.model.positions == "learned" and n_positions > run.model.max_positions:
@@ -161,7 +161,7 @@ class Prepared:
     @property
     def kinds_of_clamps(self) -> tuple[str, ...]:
         """What a compiled program depends on beside `program`, near enough."""
-        clamps = (c.clamp if isinstance(c, clamping.During) else c for c in self.config.clamps)
+        clamps = (c.clamp if isinstance(c, During) else c for c in self.config.clamps)
         return tuple(sorted(type(clamp).__name__ for clamp in clamps))
 
     @property
@@ -191,7 +191,8 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
     """Train a block of `train.plan_blocks` as one program. `folder` keeps its state and its checkpoints, which results read.
 
     `stopped` is asked between steps; where it says so, the state is saved and None returned. `report` is told the
-    run-steps done since it was last told, and now and then the losses. Raises OSError where `folder` can't be written.
+    run-steps done since it was last told, and the step's losses, of the runs that are left. Raises OSError where `folder`
+    can't be written.
     """
     first = family[0].config
     state = _load(folder, family, device)
@@ -218,7 +219,7 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
             batch, scalars = schedule.batch(state)
             losses = program.train(state.params, state.moments, batch, schedule.plan(state), first.model, scalars)
             state.step += 1
-            report(len(state.alive), losses if state.step % 200 == 0 else None)
+            report(len(state.alive), losses)
     return None if state.alive else [_result(r, each, state, folder) for r, each in enumerate(family)]
 
 
@@ -236,11 +237,11 @@ class _Schedule:
     def __init__(self, family: Sequence[Prepared], device: str | torch.device, program: step.Program):
         self.family, self.device, self.program = family, device, program
         self._chunk: tuple[tuple, list[Batch], list[Tensor]] | None = None
-        self._plan: tuple[tuple, clamping.Plan] | None = None
+        self._plan: tuple[tuple, compose.Plan] | None = None
         self._evals: dict[str, tuple[list[int], Batch]] = {}
         configs = [each.config for each in family]
         self.rhythms = {every for c in configs for every in (c.eval_every, c.heads_every, c.checkpoint_every) if every}
-        self.edges = sorted({edge for c in configs for edge in clamping.edges(c.clamps)})
+        self.edges = sorted({edge for c in configs for edge in compose.edges(c.clamps)})
 
     def batch(self, state: _State) -> tuple[Batch, Tensor]:
         """The step's batches, one a run, and the optimiser's scalars (`step.scalars_of`)."""
@@ -255,15 +256,15 @@ class _Schedule:
             self._chunk = (key, whole.split(run.batch_size), list(scalars))
         return self._chunk[1][within], self._chunk[2][within]
 
-    def plan(self, state: _State, runs: list[int] | None = None) -> clamping.Plan:
+    def plan(self, state: _State, runs: list[int] | None = None) -> compose.Plan:
         """The clamps that hold at this step, of the runs that are alive (or of `runs`, uncached)."""
         first = self.family[0].config
         seen = state.step * first.batch_size
         key = (bisect_right(self.edges, seen), *state.alive)
         if runs is None and self._plan is not None and self._plan[0] == key:
             return self._plan[1]
-        active = tuple(clamping.active(self.family[r].config.clamps, seen) for r in (runs or state.alive))
-        plan = clamping.plan(active, first.model, first.task.n_pairs, device=self.device)
+        active = tuple(compose.active(self.family[r].config.clamps, seen) for r in (runs or state.alive))
+        plan = compose.plan(active, first.model, first.task.n_pairs, device=self.device)
         if runs is None:
             self._plan = (key, plan)
         return plan

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ihbook import clamps as clamping
+from ihbook import compose
+from ihbook.clamps import Shape
 from ihbook.config import ModelConfig, one_of
 from ihbook.data import Batch
 from ihbook.model import Params, Weights, stack
@@ -58,7 +59,7 @@ def previous_token_attention(pattern: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def summed(params: Params, batch: Batch, config: ModelConfig, plan: clamping.Plan) -> dict[str, Tensor]:
+def summed(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan) -> dict[str, Tensor]:
     """Sums over a batch's sequences of `query_metrics`, `[run]`, and of each head's `strength` and `previous_token`,
     `[run, layer, head]` (no `previous_token` of the last layer), under `plan`."""
     acts = plan(params, batch, config, query_only=True)
@@ -70,7 +71,7 @@ def summed(params: Params, batch: Batch, config: ModelConfig, plan: clamping.Pla
     return {name: value.sum(1) for name, value in values.items()}
 
 
-def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: clamping.Plan, *, chunk: int = 4096,
+def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan, *, chunk: int = 4096,
              summed: Callable[..., dict[str, Tensor]] = summed) -> dict[str, Tensor]:
     """Means over a batch's sequences of what `summed` sums, `chunk` sequences at a time, float64.
 
@@ -129,17 +130,17 @@ def composition_scores(weights: Weights, part: str, layer: int = 1) -> Tensor:
 
 
 def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
-             clamps: Sequence[Sequence]) -> tuple[Params, ModelConfig, clamping.Plan]:
+             clamps: Sequence[Sequence]) -> tuple[Params, ModelConfig, compose.Plan]:
     """Finished networks, each under its clamps, as one program."""
     networks = [weights] * len(clamps) if isinstance(weights, Weights) else list(weights)
     lists = list(clamps) * len(networks) if len(clamps) == 1 else list(clamps)
     if len(networks) != len(lists):
         raise ValueError(f"{len(networks)} networks and {len(lists)} lists of clamps; give one list each, or one for all")
     config, n_pairs = networks[0].config, batch.labels.shape[2] - 1
-    shape = clamping.Shape(config.n_layers, config.n_heads, n_pairs)
+    shape = Shape(config.n_layers, config.n_heads, n_pairs)
     for each in lists:
-        clamping.check(each, shape)
-    plan = clamping.plan([clamping.active(each, math.inf) for each in lists], config, n_pairs,
+        compose.check(each, shape)
+    plan = compose.plan([compose.active(each, math.inf) for each in lists], config, n_pairs,
                          dtype=networks[0].tensors["unembed.bias"].dtype)
     return stack(networks), config, plan
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ihbook import metrics
-from ihbook.clamps import Plan
+from ihbook.compose import Plan
 from ihbook.config import ModelConfig, RunConfig
 from ihbook.data import Batch
 from ihbook.model import Params

@@ -9,6 +9,7 @@ import torch
 from cases import clamps as golden_clamps
 
 from ihbook import clamps as c
+from ihbook import compose
 from ihbook.config import ModelConfig, RunConfig
 from ihbook.data import from_exemplars
 from ihbook.metrics import cross_entropy
@@ -45,7 +46,7 @@ def test_every_kind_of_clamp_is_in_the_list_above():
 def test_no_clamps_is_the_identity_bit_for_bit(networks, batch):
     params = stack([networks[0]])
     plain = forward(params, batch, networks[0].config)
-    clamped = c.plan([()], networks[0].config, 2)(params, batch, networks[0].config)
+    clamped = compose.plan([()], networks[0].config, 2)(params, batch, networks[0].config)
     assert plain.inside.keys() == clamped.inside.keys()
     assert all(torch.equal(plain.inside[site], clamped.inside[site]) for site in plain.inside)
 
@@ -53,7 +54,7 @@ def test_no_clamps_is_the_identity_bit_for_bit(networks, batch):
 @pytest.mark.parametrize("name", [name for name in golden_clamps(initial_weights(ModelConfig(), 32, 5, 0)) if name != "none"])
 def test_a_replaced_entry_gets_exactly_no_gradient(name, networks, batch):
     weights = networks[0]
-    plan = c.plan([golden_clamps(networks[1])[name]], weights.config, 2)
+    plan = compose.plan([golden_clamps(networks[1])[name]], weights.config, 2)
     acts = plan(stack([weights]), batch, weights.config)
     for (site, _), override in plan.overrides.items():
         x = torch.randn_like(acts.inside[site, _]).requires_grad_()
@@ -68,7 +69,7 @@ def test_a_replaced_entry_gets_exactly_no_gradient(name, networks, batch):
 
 def gradients(weights, batch, chosen):
     params = {name: p.requires_grad_() for name, p in stack([weights]).items()}
-    acts = c.plan([chosen], weights.config, 2)(params, batch, weights.config)
+    acts = compose.plan([chosen], weights.config, 2)(params, batch, weights.config)
     cross_entropy(acts.logits, batch).sum().backward()
     return {name: p.grad[0] for name, p in params.items()}
 
@@ -99,7 +100,7 @@ def _float64_case(chosen, config=TINY):
     weights = initial_weights(config, 4, 5, seed=3)
     params = {name: (20 if "embed.weight" in name else 3 if p.ndim > 2 else 1) * p.double()
               for name, p in stack([weights]).items()}
-    plan = c.plan([chosen], config, 2, dtype=torch.float64)
+    plan = compose.plan([chosen], config, 2, dtype=torch.float64)
     names = list(params)
 
     def loss(*values):
@@ -127,10 +128,10 @@ def test_gradients_agree_with_finite_differences(chosen):
 
 def test_a_family_of_different_clamps_equals_each_alone(networks, batch):
     cases = golden_clamps(networks[1])
-    family = c.plan(list(cases.values()), networks[0].config, 2)
+    family = compose.plan(list(cases.values()), networks[0].config, 2)
     together = family(stack([networks[0]] * len(cases)), batch.expand(len(cases)), networks[0].config)
     for i, chosen in enumerate(cases.values()):
-        alone = c.run(networks[0], batch, chosen)
+        alone = compose.run(networks[0], batch, chosen)
         torch.testing.assert_close(together.logits[i], alone.logits[0], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(together["pattern", 1][i], alone["pattern", 1][0], atol=2e-6, rtol=1e-5)
 
@@ -138,7 +139,7 @@ def test_a_family_of_different_clamps_equals_each_alone(networks, batch):
 # What each clamp sets, read off the activations.
 
 def test_patterns_that_clamps_set(networks, batch):
-    acts = c.run(networks[0], batch, (c.PreviousToken((0, 2), 0.75), c.Induction((1, 3), 0.9)))
+    acts = compose.run(networks[0], batch, (c.PreviousToken((0, 2), 0.75), c.Induction((1, 3), 0.9)))
     expected = torch.tensor([[1, 0, 0, 0, 0], [.75, .25, 0, 0, 0], [0, .75, .25, 0, 0], [0, 0, .75, .25, 0], [0, 0, 0, .75, .25]])
     assert torch.equal(acts["pattern", 0][0, :, 2], expected.expand(64, 5, 5))
     right = batch.in_context[0]
@@ -151,10 +152,10 @@ def test_more_pairs_share_the_strength_and_add_probabilities():
     labels = torch.tensor([[2, 4, 2, 0, 2], [1, 1, 1, 1, 1]])
     batch = small_batch(4, 2, labels=labels)
     weights = initial_weights(TINY, 4, 5, 0)
-    row = c.run(weights, batch, (c.Induction((1, 0), 0.8),))["pattern", 1][0, :, 0, -1, 1::2]
+    row = compose.run(weights, batch, (c.Induction((1, 0), 0.8),))["pattern", 1][0, :, 0, -1, 1::2]
     torch.testing.assert_close(row, torch.tensor([[.4, .1, .4, .1], [.25, .25, .25, .25]]))
 
-    acts = c.run(weights, batch, (c.Copy((1, 1)),))
+    acts = compose.run(weights, batch, (c.Copy((1, 1)),))
     scores = acts["attn_scores", 1][0, 0, 1, -1, 1::2]
     p = acts.logits[0, 0].softmax(0)
     torch.testing.assert_close(p[[2, 4, 0]], torch.stack([scores[[0, 2]].exp().sum(), scores[1].exp(), scores[3].exp()])
@@ -164,20 +165,20 @@ def test_more_pairs_share_the_strength_and_add_probabilities():
 
 def test_similarity_match_takes_the_nearest_exemplar():
     batch = small_batch()
-    row = c.run(initial_weights(TINY, 4, 5, 0), batch, (c.SimilarityMatch((1, 1)),))["pattern", 1][0, :, 1, -1]
+    row = compose.run(initial_weights(TINY, 4, 5, 0), batch, (c.SimilarityMatch((1, 1)),))["pattern", 1][0, :, 1, -1]
     x = batch.exemplars[0]
     nearest = torch.nn.functional.cosine_similarity(x[:, :2], x[:, 2:], dim=-1).argmax(1)
     assert torch.equal(row[:, 1::2].argmax(1), nearest) and torch.equal(row.sum(1), torch.ones(6))
 
 
 def test_ablated_embedding_leaves_only_biases(networks, batch):
-    logits = c.run(networks[0], batch, (c.AblateEmbedding(),)).logits[0]
+    logits = compose.run(networks[0], batch, (c.AblateEmbedding(),)).logits[0]
     assert torch.equal(logits, logits[:1].expand_as(logits))
 
 
 def test_perfect_layer_1_with_absolute_positions_moves_the_embedding_with_its_position():
     config = ModelConfig(d_model=8, n_heads=2, positions="sinusoidal")
-    acts = c.run(initial_weights(config, 4, 5, 0), small_batch(), (c.PerfectLayer1(),))
+    acts = compose.run(initial_weights(config, 4, 5, 0), small_batch(), (c.PerfectLayer1(),))
     x, seen = acts["token_embed", None], acts["qk_input", 1]
     assert torch.equal(seen, torch.stack([x[:, :, i] for i in (0, 0, 1, 2, 4)], 2))
     assert torch.equal(acts["resid_pre", 1], x)
@@ -188,9 +189,9 @@ def test_perfect_layer_1_with_absolute_positions_moves_the_embedding_with_its_po
 def test_what_another_clamp_sets_wins_over_what_is_preserved(other, networks, batch):
     """Preserving everything but that clamp's doing: its pattern is as without the preservation."""
     layer = 0 if isinstance(other, (c.PreviousToken, c.BlockPreviousToken)) else 1
-    with_it = c.run(networks[0], batch, (other, c.Preserve("patterns")))["pattern", layer][0, :, 1, -1]
-    alone = c.run(networks[0], batch, (other,))["pattern", layer][0, :, 1, -1]
-    clean = c.run(networks[0], batch)["pattern", layer][0, :, 1, -1]
+    with_it = compose.run(networks[0], batch, (other, c.Preserve("patterns")))["pattern", layer][0, :, 1, -1]
+    alone = compose.run(networks[0], batch, (other,))["pattern", layer][0, :, 1, -1]
+    clean = compose.run(networks[0], batch)["pattern", layer][0, :, 1, -1]
     torch.testing.assert_close(with_it, alone)
     assert not torch.allclose(with_it, clean, atol=1e-3)
 
@@ -207,9 +208,9 @@ def deep_network(seed):
 @pytest.mark.parametrize("what, name", list(c.Preserve.NAMES.items()))
 def test_every_layer_is_preserved(what, name):
     weights, batch = deep_network(0), small_batch()
-    clean = c.run(weights, batch)
-    acts = c.run(weights, batch, (c.Ablate(((0, 0), (1, 1))), c.Preserve(what)))
-    lost = c.run(weights, batch, (c.Ablate(((0, 0), (1, 1))),))
+    clean = compose.run(weights, batch)
+    acts = compose.run(weights, batch, (c.Ablate(((0, 0), (1, 1))), c.Preserve(what)))
+    lost = compose.run(weights, batch, (c.Ablate(((0, 0), (1, 1))),))
     for layer in range(3):
         kept, plain, without = (a[name, layer].clone() for a in (acts, clean, lost))
         if name == "v":  # the ablated values win
@@ -221,27 +222,27 @@ def test_every_layer_is_preserved(what, name):
 
 @pytest.mark.parametrize("what, name", list(c.Preserve.NAMES.items()))
 def test_layer_2_under_the_layer_1_clamp_is_not_preserved(what, name, networks, batch):
-    both = c.run(networks[0], batch, (c.PerfectLayer1(), c.Preserve(what)))
-    alone, clean = c.run(networks[0], batch, (c.PerfectLayer1(),)), c.run(networks[0], batch)
+    both = compose.run(networks[0], batch, (c.PerfectLayer1(), c.Preserve(what)))
+    alone, clean = compose.run(networks[0], batch, (c.PerfectLayer1(),)), compose.run(networks[0], batch)
     assert torch.equal(both[name, 1], alone[name, 1]) and not torch.allclose(both[name, 1], clean[name, 1], atol=1e-3)
     assert torch.equal(both.logits, alone.logits)
 
 
 def test_scores_that_are_set_are_not_divided(networks, batch):
-    both = c.run(networks[0], batch, (c.BlockPreviousToken((0, 1)), c.HeadTemperature((0, 1), 4.0)))["attn_scores", 0][0, :, 1]
-    clean = c.run(networks[0], batch)["attn_scores", 0][0, :, 1]
+    both = compose.run(networks[0], batch, (c.BlockPreviousToken((0, 1)), c.HeadTemperature((0, 1), 4.0)))["attn_scores", 0][0, :, 1]
+    clean = compose.run(networks[0], batch)["attn_scores", 0][0, :, 1]
     assert (both.diagonal(-1, 1, 2) == -1e9).all()
     torch.testing.assert_close(both.diagonal(0, 1, 2), clean.diagonal(0, 1, 2) / 4)
 
 
 def test_two_clamps_of_one_kind_in_one_layer(networks, batch):
-    pattern = c.run(networks[0], batch, (c.PreviousToken((0, 1)), c.PreviousToken((0, 2), 0.25)))["pattern", 0][0, :, :, 3]
+    pattern = compose.run(networks[0], batch, (c.PreviousToken((0, 1)), c.PreviousToken((0, 2), 0.25)))["pattern", 0][0, :, :, 3]
     assert torch.equal(pattern[:, 1, 1:4], torch.tensor([0., 1, 0]).expand(64, 3))
     assert torch.equal(pattern[:, 2, 1:4], torch.tensor([0, 0.25, 0.75]).expand(64, 3))
 
 
 def test_copy_from_a_head_of_layer_1(networks, batch):
-    acts = c.run(networks[0], batch, (c.Copy((0, 5)),))
+    acts = compose.run(networks[0], batch, (c.Copy((0, 5)),))
     expected = acts["attn_scores", 0][0, :, 5, -1, 1::2]
     torch.testing.assert_close(acts.logits[0].gather(1, batch.labels[0, :, :2]), expected)
 
@@ -249,27 +250,27 @@ def test_copy_from_a_head_of_layer_1(networks, batch):
 @pytest.mark.parametrize("after", [0, 1])
 def test_grafts_in_a_deeper_network(after):
     own, donor, batch = deep_network(0), deep_network(1), small_batch()
-    below = c.run(own, batch, (c.Graft(donor, after),))
-    assert torch.equal(below["resid_pre", after + 1], c.run(donor, batch)["resid_post", after])
+    below = compose.run(own, batch, (c.Graft(donor, after),))
+    assert torch.equal(below["resid_pre", after + 1], compose.run(donor, batch)["resid_post", after])
     spliced = {name: (donor if c._after(name, after) else own).tensors[name] for name in own.tensors}
     assert {name for name in own.tensors if c._after(name, after)} == {
         name for name in own.tensors if name.startswith(("final_norm", "unembed"))
         or (name.startswith("layers") and int(name.split(".")[1]) > after)}
-    above = c.run(own, batch, (c.Graft(donor, after, "above"),))
-    assert torch.equal(above.logits, c.run(type(own)(DEEP, spliced), batch).logits)
+    above = compose.run(own, batch, (c.Graft(donor, after, "above"),))
+    assert torch.equal(above.logits, compose.run(type(own)(DEEP, spliced), batch).logits)
 
 
 def test_each_run_of_a_family_has_its_own_donor():
     own, batch, donors = deep_network(0), small_batch(), [deep_network(1), deep_network(2)]
     lists = [(c.Graft(donors[0]),), (), (c.Graft(donors[1]),), (c.Graft(donors[0], part="above"),)]
-    family = c.plan(lists, DEEP, 2)(stack([own] * 4), batch.expand(4), DEEP)
+    family = compose.plan(lists, DEEP, 2)(stack([own] * 4), batch.expand(4), DEEP)
     for i, chosen in enumerate(lists):
-        torch.testing.assert_close(family.logits[i], c.run(own, batch, chosen).logits[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(family.logits[i], compose.run(own, batch, chosen).logits[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_finished_network_is_at_the_end_of_every_window(networks, batch):
     windows = (c.During(c.Ablate((1, 3)), 0, 100), c.During(c.Ablate((1, 5)), 100))
-    assert torch.equal(c.run(networks[0], batch, windows).logits, c.run(networks[0], batch, (c.Ablate((1, 5)),)).logits)
+    assert torch.equal(compose.run(networks[0], batch, windows).logits, compose.run(networks[0], batch, (c.Ablate((1, 5)),)).logits)
 
 
 # Composition and refusals.
@@ -284,18 +285,18 @@ def test_a_finished_network_is_at_the_end_of_every_window(networks, batch):
 ])
 def test_two_clamps_on_one_entry_are_an_error_that_names_both(first, second, entry):
     with pytest.raises(ValueError) as error:
-        c.check((first, second), SHAPE)
+        compose.check((first, second), SHAPE)
     assert str(first) in str(error.value) and str(second) in str(error.value) and entry in str(error.value)
 
 
 def test_clamps_of_different_entries_of_one_pattern_compose():
-    c.check((c.PreviousToken((1, 3), labels_only=True), c.Induction((1, 3))), SHAPE)
-    c.check((c.BlockPreviousToken((1, 3)), c.HeadTemperature((1, 3), 2.0)), SHAPE)
+    compose.check((c.PreviousToken((1, 3), labels_only=True), c.Induction((1, 3))), SHAPE)
+    compose.check((c.BlockPreviousToken((1, 3)), c.HeadTemperature((1, 3), 2.0)), SHAPE)
 
 
 def test_two_grafts_are_an_error(networks):
     with pytest.raises(ValueError, match="one graft"):
-        c.check((c.Graft(networks[0]), c.Graft(networks[1], part="above")), SHAPE)
+        compose.check((c.Graft(networks[0]), c.Graft(networks[1], part="above")), SHAPE)
 
 
 @pytest.mark.parametrize("clamp, words", [
@@ -307,13 +308,13 @@ def test_two_grafts_are_an_error(networks):
 ])
 def test_out_of_range_is_an_error_that_names_the_range(clamp, words):
     with pytest.raises(ValueError) as error:
-        c.check((clamp,), SHAPE)
+        compose.check((clamp,), SHAPE)
     assert words in str(error.value)
 
 
 def test_layer_1_clamp_needs_two_layers():
     with pytest.raises(ValueError, match="n_layers=3"):
-        c.check((c.PerfectLayer1(),), c.Shape(3, 8, 2))
+        compose.check((c.PerfectLayer1(),), c.Shape(3, 8, 2))
 
 
 @pytest.mark.parametrize("make", [
@@ -336,27 +337,27 @@ def test_heads_may_come_from_measurements():
 
 def test_labels_out_of_range_are_named(networks, batch):
     with pytest.raises(ValueError, match="n_labels=5"):
-        c.run(networks[0], dataclasses.replace(batch, labels=batch.labels + 3))
+        compose.run(networks[0], dataclasses.replace(batch, labels=batch.labels + 3))
 
 
 def test_something_else_is_not_a_clamp():
     with pytest.raises(ValueError, match="not a clamp"):
-        c.check(("ablate",), SHAPE)
+        compose.check(("ablate",), SHAPE)
 
 
 def test_a_donor_of_another_architecture_is_refused(networks, batch):
     donor = initial_weights(ModelConfig(n_heads=4), 32, 5, 0)
     with pytest.raises(ValueError, match="graft like on like"):
-        c.run(networks[0], batch, (c.Graft(donor),))
+        compose.run(networks[0], batch, (c.Graft(donor),))
 
 
 def test_windows_switch_a_clamp_on_and_off():
     clamp = c.During(c.Induction((1, 3)), 100, 200)
-    assert [c.active((clamp,), s) for s in (0, 99, 100, 199, 200)] == [(), (), (clamp.clamp,), (clamp.clamp,), ()]
-    assert c.edges((clamp, c.During(c.Copy((1, 1)), until=50))) == [50, 100, 200]
-    c.check((clamp, c.During(c.SimilarityMatch((1, 3)), 200)), SHAPE)  # one after the other is no conflict
+    assert [compose.active((clamp,), s) for s in (0, 99, 100, 199, 200)] == [(), (), (clamp.clamp,), (clamp.clamp,), ()]
+    assert compose.edges((clamp, c.During(c.Copy((1, 1)), until=50))) == [50, 100, 200]
+    compose.check((clamp, c.During(c.SimilarityMatch((1, 3)), 200)), SHAPE)  # one after the other is no conflict
     with pytest.raises(ValueError, match="both set"):
-        c.check((clamp, c.During(c.SimilarityMatch((1, 3)), 199)), SHAPE)
+        compose.check((clamp, c.During(c.SimilarityMatch((1, 3)), 199)), SHAPE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -374,6 +375,6 @@ class Uniform:
 
 
 def test_a_clamp_of_ones_own(networks, batch):
-    acts = c.run(networks[0], batch, (Uniform(1, 2), c.Ablate((1, 5))))
+    acts = compose.run(networks[0], batch, (Uniform(1, 2), c.Ablate((1, 5))))
     torch.testing.assert_close(acts["pattern", 1][0, 0, 2, -1], torch.full((5,), 0.2))
     assert (acts["v", 1][:, :, :, 5] == 0).all()

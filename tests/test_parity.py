@@ -7,8 +7,7 @@ from cases import VARIANTS, clamps
 from conftest import read_npz, shared, tensors
 from data.make_golden import N_SEQUENCES, compact
 
-from ihbook import clamps as clamping
-from ihbook import step
+from ihbook import compose, step
 from ihbook.config import ModelConfig, RunConfig
 from ihbook.data import from_exemplars
 from ihbook.metrics import cross_entropy
@@ -45,7 +44,7 @@ def test_every_case_of_the_record_is_tested(record):
 def test_forward_and_gradients(name, query_only, record, networks, batch):
     weights, batch, chosen = case(name, record, networks, batch)
     params = {key: p.requires_grad_() for key, p in stack([weights]).items()}
-    plan = clamping.plan([chosen], weights.config, batch.labels.shape[2] - 1)
+    plan = compose.plan([chosen], weights.config, batch.labels.shape[2] - 1)
     acts = plan(params, batch, weights.config, query_only=query_only)
     loss = cross_entropy(acts.logits, batch)
     loss.sum().backward()
@@ -67,11 +66,11 @@ def test_forward_and_gradients(name, query_only, record, networks, batch):
 def test_attention(name, record, networks, batch):
     """The patterns, after clamps. Three cases record another pass than the one that a clamp's definition names."""
     weights, batch, chosen = case(name, record, networks, batch)
-    patterns = [clamping.run(weights, batch, chosen)["pattern", i][0] for i in range(weights.config.n_layers)]
+    patterns = [compose.run(weights, batch, chosen)["pattern", i][0] for i in range(weights.config.n_layers)]
     if name == "layer1_copy":  # both layers' are the ordinary pass's
-        patterns = [clamping.run(weights, batch)["pattern", i][0] for i in (0, 1)]
+        patterns = [compose.run(weights, batch)["pattern", i][0] for i in (0, 1)]
     elif name == "graft_from_layer2_of_donor":  # Layer 1's is the donor's own, on its own embeddings
-        patterns[0] = clamping.run(networks[1], batch)["pattern", 0][0]
+        patterns[0] = compose.run(networks[1], batch)["pattern", 0][0]
     expected = record[f"{name}/attention"]
     ours = torch.stack(patterns, 1).numpy()[:len(expected)]
     assert len(ours) >= N_SEQUENCES
@@ -97,7 +96,7 @@ def test_25_training_steps_compiled(record, networks):
 
 
 def check_25_steps(train_step, names, cases, run, record, weights):
-    plan = clamping.plan([cases[name] for name in names], run.model, 2)
+    plan = compose.plan([cases[name] for name in names], run.model, 2)
     params = stack([weights] * len(names))
     moments = step.moments_of(params, run)
     losses = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -183,8 +184,14 @@ def _in_turn(blocks: Sequence[Block], directory: Path, device: str | torch.devic
 
 
 def _range(report: Callable) -> Callable[[int, Tensor | None], None]:
-    """`report` with the lowest and highest of the losses."""
-    return lambda run_steps, losses: report(run_steps, None if losses is None else (losses.min().item(), losses.max().item()))
+    """`report` now and then with the lowest and highest of the losses, which a GPU is not asked for at every step."""
+    calls = itertools.count()
+
+    def told(run_steps: int, losses: Tensor | None) -> None:
+        now = losses is not None and next(calls) % 200 == 0
+        report(run_steps, (losses.min().item(), losses.max().item()) if now else None)
+
+    return told
 
 
 def _in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped: Callable[[], bool],

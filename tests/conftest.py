@@ -1,6 +1,10 @@
 """What the tests share: the golden numbers, the shared folder where there is one, small banks."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,33 @@ def tensors(numbers, prefix: str) -> dict[str, torch.Tensor]:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:
         return {name: file[name] for name in file.files}
+
+
+ROOT = Path(__file__).parents[1]
+TOOLS = Path(sys.executable).parent  # of the environment that runs the tests
+BUILD = [TOOLS / "jupyter-book", "build", "book/"]
+
+
+def copy_of_the_book(folder: Path) -> Path:
+    for name in ("book", "_config.yml"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> dict[str, str]:
+    """The environment of the quick profile, with one store for the whole session."""
+    return {"IHBOOK_PROFILE": "quick", "IHBOOK_STORE": str(tmp_path_factory.mktemp("store"))}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, quick) -> tuple[Path, str]:
+    """The book built in the quick profile: the folder of its pages, and what the build wrote to its terminal."""
+    root = copy_of_the_book(tmp_path_factory.mktemp("book"))
+    done = subprocess.run(BUILD, cwd=root, env=os.environ | quick, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root / "_build/html", done.stderr
 
 
 @pytest.fixture(scope="session")

@@ -2,30 +2,26 @@
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from statistics import median
 
 import nbformat
 import papermill
 import pytest
+from conftest import BUILD, ROOT, TOOLS, copy_of_the_book
 
 from ihbook.claims import CLAIMS
 
-ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
-TOOLS = Path(sys.executable).parent  # of the environment that runs the tests
-BUILD = [TOOLS / "jupyter-book", "build", "book/"]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """One store for all that is executed here, and the quick profile."""
+def store(quick):
+    """The store of the quick profile, for all that is executed here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IHBOOK_STORE", str(tmp_path_factory.mktemp("store")))
-        patch.setenv("IHBOOK_PROFILE", "quick")
+        for name, value in quick.items():
+            patch.setenv(name, value)
         yield Path(os.environ["IHBOOK_STORE"])
 
 
@@ -134,19 +130,10 @@ def test_bad_parameters_fail_with_the_named_error(tmp_path, store, name, paramet
     assert words in str(error.value)
 
 
-def copy_of_the_book(tmp_path):
-    for name in ("book", "_config.yml"):
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    return tmp_path
-
-
-def test_the_book_builds(tmp_path, store):
-    root = copy_of_the_book(tmp_path)
-    done = subprocess.run(BUILD, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "run-step" in done.stderr and "loss" in done.stderr  # the progress of training
-    pages = {p.stem: p.read_text() for p in (root / "_build/html").glob("*.html")}
+def test_the_book_builds(built):
+    root, log = built
+    assert "run-step" in log and "loss" in log  # the progress of training
+    pages = {p.stem: p.read_text() for p in root.glob("*.html")}
     assert {path.stem for path in CHAPTERS} | {"intro", "bibliography", "index"} <= pages.keys()
     for path in CHAPTERS:
         page = pages[path.stem]

@@ -111,7 +111,7 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
     axes = _loss_axes(seen[-1])
     line = axes.path(losses[["sequences", "value"]].to_numpy())
     inside = (f'<path d="{line}" fill="none" stroke="#222" stroke-width="1.8"/>{_threshold(axes)}'
-              '<circle cx="{}" cy="{}" r="6" fill="#d55e00"/><text x="{}" y="{}" fill="#a44a00" font-weight="600">{}</text>')
+              '<circle cx="{}" cy="{}" r="6" fill="#d55e00"/><text class="ih-value" x="{}" y="{}" fill="#a44a00">{}</text>')
     heads = [f"1.{h}" for h in range(model.n_heads)]
     labels = [f"label {i}" for i in range(n_labels)]
     table = result.heads[result.heads["layer"] == 1].pivot(index="sequences", columns="head", values="strength")

@@ -199,7 +199,7 @@ def bars(title: str, names: Sequence[str], colours: Sequence[str], limits: tuple
         y = 22 + row * i
         lines.append(f'<text x="{left - 6:.0f}" y="{y + 12}" text-anchor="end">{html.escape(name)}</text>'
                      f'<rect x="{{}}" y="{y}" width="{{}}" height="{row - 5}" fill="{colour}"/>'
-                     f'<text x="{{}}" y="{y + 12}">{{}}</text>')
+                     f'<text class="ih-value" x="{{}}" y="{y + 12}">{{}}</text>')
     total = left + width + 52
     return (f'<svg class="ih-chart" style="max-width:{total:.0f}px" viewBox="0 0 {total:.0f} {height}" role="img" '
             f'aria-label="{html.escape(title)}"><text x="2" y="12" class="ih-title">{html.escape(title)}</text>'

@@ -252,8 +252,8 @@ def test_grafts_in_a_deeper_network(after):
     own, donor, batch = deep_network(0), deep_network(1), small_batch()
     below = compose.run(own, batch, (c.Graft(donor, after),))
     assert torch.equal(below["resid_pre", after + 1], compose.run(donor, batch)["resid_post", after])
-    spliced = {name: (donor if c._after(name, after) else own).tensors[name] for name in own.tensors}
-    assert {name for name in own.tensors if c._after(name, after)} == {
+    spliced = {name: (donor if compose._after(name, after) else own).tensors[name] for name in own.tensors}
+    assert {name for name in own.tensors if compose._after(name, after)} == {
         name for name in own.tensors if name.startswith(("final_norm", "unembed"))
         or (name.startswith("layers") and int(name.split(".")[1]) > after)}
     above = compose.run(own, batch, (c.Graft(donor, after, "above"),))

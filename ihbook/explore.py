@@ -173,9 +173,10 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
              f"copy (1.{best})": Copy((1, best)), "layer 1": PerfectLayer1()}
     names = ["accuracy", "loss (nats)"]
     limits = (0, 1.7)
-    words = f"over {len(sample):,} training sequences"
+    few = sample.split(500)[0]  # for the thousands of states that the page holds
+    words = "over {:,} training sequences"
 
-    def numbers(lists: Sequence[Sequence[Clamp]]) -> list[list[str]]:
+    def numbers(lists: Sequence[Sequence[Clamp]], sample: Batch = sample) -> list[list[str]]:
         values = metrics.measure(weights, sample, lists)
         pairs = torch.stack([values["accuracy"], values["loss"]], 1).tolist()
         return [bar_values(pair, names, limits, 4) for pair in pairs]
@@ -191,7 +192,8 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
         return [*_ablated(0, first), *_ablated(1, last), *(list(FELT.values())[int(felt)]), *extra]
 
     heads = [tuple(f"{layer}.{h}" for h in range(model.n_heads)) for layer in (0, 1)]
-    result_bars = bars(words, names, ["#0173b2", "#a44a00"], limits)
+    result_bars, result_bars_of_few = (bars(words.format(len(batch)), names, ["#0173b2", "#a44a00"], limits) for batch in
+                                       (sample, few))
     grids = patterns(0, model.n_heads, TOKENS) + patterns(1, model.n_heads, TOKENS)
     names_of = tuple(one.name for one in shown)
     follows = ("Layer 1", "Layer 2", "what is switched off in Layer 1 is felt by", "clamped")
@@ -207,12 +209,12 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
         states = Control("", heads[1], "switches").states
         found = []
         for at in range(0, len(states), 64):
-            found += numbers([[*_ablated(1, bits), *every[i]] for bits in states[at:at + 64]])
+            found += numbers([[*_ablated(1, bits), *every[i]] for bits in states[at:at + 64]], few)
         return dict(zip(states, found, strict=True))
 
     without_kernel = page(
         [Control("Layer 2", heads[1], "switches"), Control("clamped", tuple(still)), Control("sequence", names_of)],
-        [Part(result_bars, ("clamped", "Layer 2"), lambda i, bits: stored(int(i))[bits]), _header(shown),
+        [Part(result_bars_of_few, ("clamped", "Layer 2"), lambda i, bits: stored(int(i))[bits]), _header(shown),
          Part(grids, ("sequence", "clamped"), lambda i, clamped: attention(i, every[int(clamped)]))],
         label="Operate on the finished network")
     return Panel(

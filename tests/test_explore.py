@@ -277,11 +277,21 @@ def site(built):
     server.shutdown()
 
 
+THEIRS = ("Identifier 'THEBE_JS_URL' has already been declared", "Got invalid theme mode",  # the theme's own, on every page
+          "Failed to load resource")  # said again of what is recorded as a response or a failed request
+
+
 def opened(browser, address, width=1366):
-    """A page, and what went wrong on it."""
+    """A page, and what went wrong on it that is not the theme's."""
     page, wrong = browser.new_page(viewport={"width": width, "height": 900}), []
-    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
+
+    def said(words):
+        if not words.startswith(THEIRS):
+            wrong.append(words)
+
+    page.on("console", lambda message: said(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: said(str(error)))
+    page.on("response", lambda r: wrong.append(f"{r.status}: {r.url}") if r.status >= 400 and "favicon.ico" not in r.url else None)
     page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
     page.goto(address, wait_until="networkidle")
     return page, wrong

@@ -63,10 +63,11 @@ def _compose(clamps: Sequence[Clamp], shape: Shape) -> dict[Site, dict[str, list
 
 def _check_write(clamp: Clamp, write: Write, shape: Shape) -> None:
     """Raise ValueError where nothing would read the write: clamps of the reader's own pass here too."""
-    one_of(f"{clamp}: a Write's name", write.name, tuple(KIND))
-    one_of(f"{clamp}: a Write's how", write.how, ("set", "scale", "keep", "hold"))
+    name = type(clamp).__name__  # not its repr, which for a graft digests the donor, at every plan
+    one_of(f"{name}: a Write's name", write.name, tuple(KIND))
+    one_of(f"{name}: a Write's how", write.how, ("set", "scale", "keep", "hold"))
     layers = (None,) if write.name in ("token_embed", "logits") else tuple(range(shape.n_layers))
-    one_of(f"{clamp}: the layer of a Write of {write.name}", write.layer, layers)
+    one_of(f"{name}: the layer of a Write of {write.name}", write.layer, layers)
     expected = shape.zeros(write.name).shape
     if write.where.dtype != torch.bool or write.where.shape != expected:
         raise ValueError(f"{clamp}: a Write of {write.name} has where of {write.where.dtype} {list(write.where.shape)}; it must be "

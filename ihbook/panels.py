@@ -188,7 +188,7 @@ def short(x: float, digits: int = 2) -> str:
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else {"-0": "0"}.get(text, text)
 
 
-def bars(title: str, names: Sequence[str], colours: Sequence[str], limits: tuple[float, float], note: str = "") -> str:
+def bars(title: str, names: Sequence[str], colours: Sequence[str], limits: tuple[float, float]) -> str:
     """A bar for each of `names`, from 0, with its number. Filled by `bar_values`."""
     low, high = limits
     left, width, row = 12 + 7.2 * max(map(len, names)), 190, 19
@@ -203,7 +203,7 @@ def bars(title: str, names: Sequence[str], colours: Sequence[str], limits: tuple
     total = left + width + 52
     return (f'<svg class="ih-chart" style="max-width:{total:.0f}px" viewBox="0 0 {total:.0f} {height}" role="img" '
             f'aria-label="{html.escape(title)}"><text x="2" y="12" class="ih-title">{html.escape(title)}</text>'
-            f'{"".join(lines)}</svg>{note}')
+            f'{"".join(lines)}</svg>')
 
 
 def bar_values(values: Sequence[float], names: Sequence[str], limits: tuple[float, float], digits: int = 2) -> Values:

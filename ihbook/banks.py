@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import h5py
@@ -73,8 +73,13 @@ class Bank:
 def load_bank(config: BankConfig) -> Bank:
     """The bank that `config` names, drawn, read from `config.path`, or downloaded once into the cache.
 
-    Banks that are read keep at most `n_classes` of their classes, and may have fewer. `onehot` has dim = n_classes.
+    Banks that are read keep at most `n_classes` of their classes, and may have fewer. `onehot` has dim = n_classes. The last
+    two that were drawn are kept in memory: their tensors are not to be written to.
     """
+    return (_load if config.name in ("omniglot", "authors") else _drawn)(config)
+
+
+def _load(config: BankConfig) -> Bank:
     loaders = {
         "glyphs": (_glyphs, ("auto", "random")),
         "omniglot": (_omniglot, EMBEDDINGS),
@@ -95,6 +100,9 @@ def load_bank(config: BankConfig) -> Bank:
     if len(features) > 1 and (features == features[:1, :1]).all():
         raise ValueError(f"{source} has zero variance: every exemplar is the same; get a fresh copy of its source")
     return Bank(features, images, {"name": config.name, **metadata})
+
+
+_drawn = lru_cache(maxsize=2)(_load)
 
 
 def cache_dir() -> Path:

@@ -77,9 +77,9 @@ def judge(key: str, values: float | Sequence[float]) -> Verdict:
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """Claims and verdicts as the book shows them, a row a claim."""
-    return pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, v.word, c.measure, c.holds_if)
+    return pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, v.word, f"{c.measure}: {c.holds_if}")
                          for v in verdicts for c in [v.claim]],
-                        columns=["figure", "claim", "published", "measured", "verdict", "what is measured", "holds if"])
+                        columns=["figure", "claim", "published", "measured", "verdict", "what is measured: when it holds"])
 
 
 def record(verdicts: Sequence[Verdict], settings: Settings) -> pd.DataFrame:
@@ -194,4 +194,29 @@ CLAIMS = {claim.key: claim for claim in (
     Claim("labels-c", "6", "More labels slow the copy (C)", "slower",
           "time of C alone with three times the labels, over that with the fewest", 1.5),
     Claim("labels-b", "6", "and hardly the match (B)", "same", "the same of B alone", 0.8, 1.25),
+    # Chapter 9
+    Claim("stronger-faster", "15", "A head whose match is held stronger learns faster", "faster",
+          "rank correlation of strengths from 0 up with the time of the phase change", high=-0.9),
+    Claim("negative-learns", "15", "A match that is wrong throughout learns as well", "as well",
+          "accuracy on training sequences at the end, with strength −1", 0.9),
+    Claim("negative-fails", "15", "but only the training pairs of labels", "fails test_relabel",
+          "its accuracy on training sequences less that on test_relabel", 0.2),
+    Claim("perfect-strongest", "16", "With a perfect match the strongest head alone is right", ".999", "its accuracy", 0.95),
+    Claim("perfect-others", "16", "A perfect match is not enough for every head: copies differ", ".285",
+          "the worst head's accuracy alone, its match perfect", high=0.8),
+    Claim("some-labels", "16", "Each head copies some labels badly", "each",
+          "share of the other heads that get less than half of some label right, their match perfect", 0.5),
+    Claim("others-copy", "T3", "What the strongest copies badly another copies well", ".862",
+          "largest share of its mistakes that another head gets right, all matches perfect", 0.4),
+    # Chapter 10
+    Claim("seeds-change", "§3", "The phase change comes with every seed", "5 of 5", "share of the seeds", 1),
+    Claim("seeds-several", "§3", "More than one head becomes strong with every seed", "5 of 5",
+          "share of the seeds with two or more heads stronger than 0.3", 1),
+    Claim("seeds-learn", "4b", "Every head learns alone with every seed", "all", "share of the seeds", 1),
+    Claim("seeds-which", "18", "Which head is the strongest varies", "varies", "different heads that are a seed's strongest", 2),
+    Claim("seeds-accuracy", "18", "Strength tells a head's accuracy alone", "closely",
+          "rank correlation of strength and accuracy alone", 0.8),
+    Claim("seeds-loss", "18", "and its loss alone", "closely", "rank correlation of strength and loss alone", high=-0.8),
+    Claim("seeds-time", "18", "and hardly how fast it learns alone", "hardly",
+          "rank correlation of strength and time alone, without its sign", high=0.7),
 )}

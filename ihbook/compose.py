@@ -33,6 +33,8 @@ def edges(clamps: Sequence[Clamp]) -> list[int]:
 
 def check(clamps: Sequence[Clamp], shape: Shape) -> None:
     """Raise ValueError where a clamp does not fit the network, or two write the same entry at some time in training."""
+    if hasattr(clamps, "writes"):
+        raise ValueError(f"{clamps!r} is one clamp; give a list of them, [...]")
     for clamp in clamps:
         if not hasattr(clamp, "writes"):
             raise ValueError(f"{clamp!r} is not a clamp; use one from ihbook.clamps, or give yours a method writes(shape)")
@@ -184,9 +186,9 @@ def run(weights: Weights, batch: Batch, clamps: Sequence[Clamp] = (), *, query_o
     if not 0 <= batch.labels.min() <= batch.labels.max() < weights.n_labels:
         raise ValueError(f"labels are from {batch.labels.min()} to {batch.labels.max()}, but the network has n_labels="
                          f"{weights.n_labels}; they must be from 0 to {weights.n_labels - 1}")
+    check(clamps, Shape(weights.config.n_layers, weights.config.n_heads, n_pairs))
     for clamp in clamps:
         if isinstance(clamp, Graft):
             clamp.check_donor(weights)
-    check(clamps, Shape(weights.config.n_layers, weights.config.n_heads, n_pairs))
     family = plan([active(clamps, float("inf"))], weights.config, n_pairs, dtype=weights.tensors["unembed.bias"].dtype)
     return family(stack([weights]), batch, weights.config, query_only=query_only)

@@ -31,7 +31,8 @@ def at_least(name: str, value: float, least: float) -> None:
 def whole(name: str, value: int, least: int) -> None:
     """Raise ValueError unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        hint = f"; write {int(value)}" if isinstance(value, float) and value.is_integer() and value >= least else ""
+        same = hasattr(value, "__index__") or (isinstance(value, float) and value.is_integer())  # NumPy's, or 5.0
+        hint = f"; write {int(value)}" if same and not isinstance(value, int) and value >= least else ""
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{hint}")
 
 
@@ -100,6 +101,8 @@ class TaskConfig:
             raise ValueError(f"held_out={self.held_out!r} leaves no labels to train; choose a fraction below 1")
         if self.label_sets is not None:
             sets = tuple(tuple(sorted(int(label) for label in group)) for group in self.label_sets)
+            if not sets:
+                raise ValueError("label_sets=() leaves no labels to train; give at least one set, or None for the usual ones")
             for group in sets:
                 if len(set(group)) != self.n_ways or group[0] < 0 or group[-1] >= self.n_labels:
                     raise ValueError(f"label_sets has {group}; each must be {self.n_ways} different labels from 0 to "
@@ -142,6 +145,8 @@ class ModelConfig:
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, not {self.d_model}")
         at_least("mlp_ratio", self.mlp_ratio, 0)
+        if self.mlp_ratio and not self.d_mlp:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio!r} of d_model={self.d_model} leaves no hidden feature; raise it")
         for name in ("rotary_base", "init_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be positive")

@@ -150,9 +150,9 @@ def single_head(run: RunConfig, head: int | Sequence[int], *more: Any) -> RunCon
     return replace(run, clamps=(only(head, run.model.n_heads), *more))
 
 
-def curve(result: Result, **columns: Any) -> pd.DataFrame:
-    """A run's losses on the training set as rows sequences, value, and what else should stand in every row."""
-    rows = result.metrics[(result.metrics["eval_set"] == "train") & (result.metrics["metric"] == "loss")]
+def curve(result: Result, eval_set: str = "train", **columns: Any) -> pd.DataFrame:
+    """A run's losses on an evaluation set as rows sequences, value, and what else should stand in every row."""
+    rows = result.metrics[(result.metrics["eval_set"] == eval_set) & (result.metrics["metric"] == "loss")]
     return rows[["sequences", "value"]].assign(run=result.config.init_seed, **columns)
 
 

@@ -35,7 +35,6 @@ EVAL_CHUNK = 250  # sequences evaluated at once, of every run
 SAVE_SECONDS = 45.0
 
 
-
 class Checkpoints(Mapping[int, Weights]):
     """A run's weights by sequences seen, read from a folder when asked for."""
 

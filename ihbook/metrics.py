@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -146,8 +147,10 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
 
 
 def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[int, int], ...]:
-    """All heads of a layer but those in `keep`."""
-    kept = {keep} if isinstance(keep, int) else set(keep)
+    """All heads of a layer but those in `keep`. Raises ValueError for one that is not there."""
+    kept = {int(head) for head in np.atleast_1d(keep)}
+    if not kept <= set(range(n_heads)):
+        raise ValueError(f"keep={keep!r} has a head that is not there; heads are 0 to {n_heads - 1}")
     return tuple((layer, head) for head in range(n_heads) if head not in kept)
 
 

@@ -103,10 +103,11 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, ga
 
 
 def table(rows: pd.DataFrame, digits: int = 3, *, index: bool = True) -> pd.io.formats.style.Styler:
-    """A table as the book sets it: numbers to so many digits and to the right, words to the left."""
+    """A table as the book sets it: numbers to so many digits and to the right, words to the left, "differs" in bold."""
     styler = rows.style.format(precision=digits, thousands=",").set_table_attributes('class="dataframe"')
     words = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
     styler = styler.set_properties(**{"text-align": "right"}).set_properties(subset=words, **{"text-align": "left"})
+    styler = styler.map(lambda word: "font-weight: 700; color: #a44a00" if word == "differs" else "", subset=words)
     return styler if index else styler.hide()
 
 
@@ -275,14 +276,21 @@ def shades(names: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, sns.color_palette("flare", len(names)).as_hex(), strict=True))
 
 
+def diverging(values: Mapping[str, float]) -> dict[str, str]:
+    """A colour for each of several values from −1 to 1, grey in the middle."""
+    scale = sns.diverging_palette(220, 20, s=90, l=50, center="dark", as_cmap=True)
+    return {name: matplotlib.colors.to_hex(scale((value + 1) / 2)) for name, value in values.items()}
+
+
 @_in_style
 def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping[str, str]) -> Picture:
-    """Small multiples of training loss, two in a row: columns panel, group, run, sequences, value (Figure 6).
+    """Small multiples of loss, two in a row: columns panel, group, run, sequences, value (Figures 6, 15).
 
     `panels` gives each panel's title, `colour` the groups in order; medians over runs, bands their range.
     """
     figure = Picture(figsize=(7.6, 2.75 * -(-len(panels) // 2)))
     grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True).flatten()
+    spare = grid[-1] if len(panels) % 2 else None
     high, words = min(3.0, table["value"].max() * 1.04), []
     for axes, (panel, title) in zip(grid, panels.items(), strict=False):
         rows = table[table["panel"] == panel]
@@ -291,12 +299,16 @@ def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping
             below = median.index[median < THRESHOLD]
             words.append(f"{title}, {name}: " + (f"below {THRESHOLD:.2f} at {below[0]:,.0f}" if len(below) else "never low"))
         axes.axhline(THRESHOLD, color=MUTED, ls=(0, (1, 2)), lw=1)
-        axes.set(title=title, ylim=(-0.02 * high, high), ylabel="training loss (nats)" if axes in grid[::2] else "")
+        axes.set(title=title, ylim=(-0.02 * high, high), ylabel="loss (nats)" if axes in grid[::2] else "")
         _millions(axes, rows["sequences"].max())
+    legend = grid[0] if spare is None else spare
     for name, hue in colour.items():
-        grid[0].plot([], [], color=hue, label=name)
-    grid[0].legend(frameon=False, fontsize=9.5, labelcolor="linecolor", loc="upper right")
-    figure.alt = "Training loss against sequences seen. " + "; ".join(words) + "."
+        legend.plot([], [], color=hue, label=name)
+    legend.legend(frameon=False, fontsize=9.5, labelcolor="linecolor", loc="upper right" if spare is None else "center",
+                  ncols=1 if spare is None else 2)
+    if spare is not None:
+        spare.axis("off")
+    figure.alt = "Loss against sequences seen. " + "; ".join(words) + "."
     return figure
 
 
@@ -384,6 +396,30 @@ def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
     figure.alt = "Against induction strength: " + "; ".join(
         f"{words}: " + ", ".join(f"{s:.2f} {v:.3f}" for s, v in zip(best["strength"], best[column], strict=True))
         for column, words in panels.items()) + "."
+    return figure
+
+
+@_in_style
+def distributions(of_runs: Mapping[str, Sequence[float]], by_rank: pd.Series) -> Picture:
+    """How numbers of runs spread, a panel each, and at the right those of their heads by rank (the index of `by_rank`)
+    (Figure 18). A dot is a run; a line the median."""
+    figure = Picture(figsize=(7.6, 3.2))
+    grid = figure.subplots(1, len(of_runs) + 1, width_ratios=[1] * len(of_runs) + [2.4])
+    panels = [*((words, pd.Series(values, [""] * len(values))) for words, values in of_runs.items()),
+              ("induction strength, by rank", by_rank)]
+    for axes, (words, values) in zip(grid, panels, strict=True):
+        sns.stripplot(x=values.index, y=values.to_numpy(), ax=axes, color=_PALETTE[0], size=5, alpha=0.75, jitter=0.12,
+                      formatter=str)
+        for at, (_, each) in enumerate(values.groupby(level=0, sort=False)):
+            axes.plot([at - 0.3, at + 0.3], [each.median()] * 2, color=INK, lw=1.6, zorder=4)
+        axes.set(ylabel=words, xlabel="")
+        if (values > 1000).any():
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    grid[-1].axhline(0, color=MUTED, lw=0.8)
+    grid[-1].set_xlabel("heads of a network, the strongest first")
+    figure.alt = "; ".join(f"{words}: median {pd.Series(values).median():,.4g}, from {min(values):,.4g} to {max(values):,.4g}"
+                           for words, values in of_runs.items()) + "; induction strengths by rank, medians: " + ", ".join(
+        f"{each.median():.2f}" for _, each in by_rank.groupby(level=0)) + "."
     return figure
 
 

@@ -80,8 +80,8 @@ def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | tor
     """Which runs train as one program: those that a stopped call left in `directory` as it had them, and of the others,
     blocks of runs that can, of like length, the longest first; compiled where it pays, or as `compile` says.
 
-    On a CPU blocks are small, every core gets one, and in those that are compiled all have the same kinds of clamps: each
-    other mixture would be compiled anew.
+    On a CPU blocks are small, no core is left without one, and in those that are compiled all have the same kinds of clamps:
+    each other mixture would be compiled anew. Blocks that share a compiled program come one after the other.
     """
     waiting = dict(enumerate(prepared))
     blocks = list(_stopped(waiting, directory, compile))
@@ -93,11 +93,13 @@ def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | tor
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, each in waiting.items():
         groups[each.program, each.kinds_of_clamps if kind == "cpu" and compiled[each.program] else None].append(i)
+    size = {program: PLAIN_BLOCK if kind == "cpu" and not compiled[program] else BLOCK[kind] for program in work}
+    n_blocks = len(blocks) + sum(-(-len(members) // size[program]) for (program, _), members in groups.items())
     for (program, _), members in groups.items():
         members.sort(key=lambda i: -prepared[i].config.n_steps)
-        n = -(-len(members) // (PLAIN_BLOCK if kind == "cpu" and not compiled[program] else BLOCK[kind]))
-        if kind == "cpu" and work[program] >= SHARE_FROM:
-            cores = min(len(members), n_cores())
+        n = -(-len(members) // size[program])
+        if kind == "cpu" and work[program] >= SHARE_FROM and (n_blocks < n_cores() or not compiled[program]):
+            cores = min(len(members), n_cores())  # an equal share each; but what is compiled is not compiled twice for that
             n = -(-n // cores) * cores
         even = -(-len(members) // n)
         for start in range(0, len(members), even):
@@ -197,11 +199,7 @@ def _range(report: Callable) -> Callable[[int, Tensor | None], None]:
 def _in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped: Callable[[], bool],
                   report: Callable) -> Iterator[Block]:
     """Share the blocks among `n` processes, each keeping its compiled programs from block to block."""
-    shares: list[list[int]] = [[] for _ in range(n)]
-    total, done = sum(block.run_steps for block in blocks), 0
-    for i, block in enumerate(blocks):  # neighbours, which may have a compiled program in common, go to one process
-        shares[int((done + block.run_steps / 2) * n / total)].append(i)
-        done += block.run_steps
+    shares = _shares(_work(blocks), n)
     messages: queue.Queue = queue.Queue()
     with ExitStack() as stack:
         processes = [stack.enter_context(_process([(i, blocks[i]) for i in share], directory, messages))
@@ -223,6 +221,23 @@ def _in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped: Cal
                 raise value
             else:
                 running -= 1
+
+
+def _work(blocks: Sequence[Block]) -> list[int]:
+    """What each block costs, in run-steps: also to compile, where it is not the program of the block before."""
+    programs = [(block.family[0].program, block.family[0].kinds_of_clamps) for block in blocks]
+    return [block.run_steps + COMPILE_FROM * (block.compile and program != before)
+            for block, program, before in zip(blocks, programs, [None, *programs], strict=False)]
+
+
+def _shares(work: Sequence[int], n: int) -> list[list[int]]:
+    """Indices of `work` in `n` stretches of about equal sums: neighbours may have a compiled program in common."""
+    shares: list[list[int]] = [[] for _ in range(n)]
+    total, done = sum(work), 0
+    for i, each in enumerate(work):
+        shares[int((done + each / 2) * n / total)].append(i)
+        done += each
+    return shares
 
 
 @contextmanager

@@ -81,7 +81,8 @@ def test_05_gradients_stop_where_something_is_clamped(tmp_path, store):
                                                                "r.metrics) for n, r in zip(windows, trained)}]")
     zero = {name: {part for part, norm in row.items() if norm == 0} for name, row in norms.items()}
     its = {"its queries", "its keys", "its values", "its output"}
-    assert zero == {"nothing": set(), "Ablate this head": its, "Induction": {"its queries", "its keys"}, "PerfectLayer1": {"Layer 1"},
+    assert zero == {"nothing": set(), "Ablate this head": its, "Induction": {"its queries", "its keys"},
+                    "PerfectLayer1": {"Layer 1"},
                     "Copy": {"its values", "its output", "unembedding"},
                     "PerfectLayer1 and Copy": {"its values", "its output", "Layer 1", "unembedding"}}
     assert times["always"] < times["never"]

@@ -229,7 +229,8 @@ def test_layer_2_under_the_layer_1_clamp_is_not_preserved(what, name, networks, 
 
 
 def test_scores_that_are_set_are_not_divided(networks, batch):
-    both = compose.run(networks[0], batch, (c.BlockPreviousToken((0, 1)), c.HeadTemperature((0, 1), 4.0)))["attn_scores", 0][0, :, 1]
+    chosen = c.BlockPreviousToken((0, 1)), c.HeadTemperature((0, 1), 4.0)
+    both = compose.run(networks[0], batch, chosen)["attn_scores", 0][0, :, 1]
     clean = compose.run(networks[0], batch)["attn_scores", 0][0, :, 1]
     assert (both.diagonal(-1, 1, 2) == -1e9).all()
     torch.testing.assert_close(both.diagonal(0, 1, 2), clean.diagonal(0, 1, 2) / 4)
@@ -319,10 +320,12 @@ def test_layer_1_clamp_needs_two_layers():
 
 @pytest.mark.parametrize("make", [
     lambda: c.Induction((1, 3), 1.5), lambda: c.PreviousToken((0, 1), -0.1), lambda: c.HeadTemperature((1, 1), 0),
-    lambda: c.SimilarityMatch((1, 1), -1), lambda: c.Preserve("pattern"), lambda: c.Graft(None, part="left"),
+    lambda: c.SimilarityMatch((1, 1), -1), lambda: c.SimilarityMatch((1, 1), 1e-7), lambda: c.HeadTemperature((1, 1), math.inf),
+    lambda: c.Preserve("pattern"), lambda: c.Graft(None, part="left"),
     lambda: c.Graft(None), lambda: c.Ablate("10"), lambda: c.Ablate((1.0, 3.0)), lambda: c.Ablate((True, 1)),
     lambda: c.Copy(((1, 0), (1, 1))), lambda: c.Induction((1, 3), "1"), lambda: c.During(c.Copy((1, 1)), math.nan),
-    lambda: RunConfig(clamps=c.Copy((1, 1))), lambda: c.Ablate(()), lambda: c.Ablate(((1, 1), (1, 1))), lambda: c.During(c.Copy((1, 1)), 5, 5),
+    lambda: RunConfig(clamps=c.Copy((1, 1))), lambda: c.Ablate(()), lambda: c.Ablate(((1, 1), (1, 1))),
+    lambda: c.During(c.Copy((1, 1)), 5, 5),
     lambda: c.During(c.During(c.Copy((1, 1))), 5), lambda: c.Induction((1, 3), float("nan")),
 ])
 def test_bad_values_are_refused_when_made(make):
@@ -343,6 +346,35 @@ def test_labels_out_of_range_are_named(networks, batch):
 def test_something_else_is_not_a_clamp():
     with pytest.raises(ValueError, match="not a clamp"):
         compose.check(("ablate",), SHAPE)
+
+
+@pytest.mark.parametrize("write, words", [
+    (c.Write("patterns", 1, torch.ones(8, 5, 5, dtype=torch.bool)), "Write's name='patterns'"),
+    (c.Write("pattern", 2, torch.ones(8, 5, 5, dtype=torch.bool)), "layer of a Write of pattern=2"),
+    (c.Write("logits", 0, torch.ones((), dtype=torch.bool)), "layer of a Write of logits=0"),
+    (c.Write("pattern", 1, torch.ones(8, 5, 5, dtype=torch.bool), how="add"), "Write's how='add'"),
+    (c.Write("pattern", 1, torch.ones(8, 5, 5)), "where of torch.float32"),
+    (c.Write("pattern", 1, torch.ones(5, 5, dtype=torch.bool)), "must be bool [8, 5, 5]"),
+])
+def test_a_write_that_nothing_would_read_is_refused(write, words, networks, batch):
+    own = type("Own", (), {"writes": lambda self, shape: [write]})()
+    with pytest.raises(ValueError) as error:
+        compose.run(networks[0], batch, [own])
+    assert words in str(error.value)
+
+
+def test_a_clamp_that_is_not_in_a_list_says_so(networks, batch):
+    with pytest.raises(ValueError, match="is one clamp; give a list"):
+        compose.run(networks[0], batch, c.Copy((1, 1)))
+
+
+def test_layer_1_is_preserved_too(networks, batch):
+    """What changes before Layer 1 is not felt by what of it is preserved."""
+    plain, kept, lost = (compose.run(deep_network(0), small_batch(), chosen) for chosen in
+                         ((), (c.AblateEmbedding(), c.Preserve("patterns")), (c.AblateEmbedding(),)))
+    for layer in range(3):
+        assert torch.equal(kept["pattern", layer], plain["pattern", layer])
+        assert not torch.allclose(lost["pattern", layer], plain["pattern", layer], atol=1e-3)
 
 
 def test_a_donor_of_another_architecture_is_refused(networks, batch):

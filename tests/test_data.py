@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,7 +140,8 @@ def test_noise_is_added_to_each_token_afresh(small_bank):
     ({"n_labels": True}, "n_labels=True"),
     ({"n_labels": 5.0}, "n_labels=5.0"),
     ({"n_labels": 3, "held_out": 0.9}, "too few to show all of n_labels=3"),
-    ({"n_labels": 2, "held_out": 0.5, "label_sets": ((0, 2),)}, "label_sets has (0, 2)"),
+    ({"n_labels": 2, "held_out": 0.5, "label_sets": ((0, 2),)}, "label_sets has (0, 2)"), ({"label_sets": ()}, "label_sets=()"),
+    ({"n_labels": np.int64(5)}, "write 5"),
     ({"held_out": 1.0}, "held_out=1.0"),
     ({"held_out": math.nan}, "held_out=nan"),
     ({"n_pairs": 3, "burstiness": 2}, "burstiness=2"),

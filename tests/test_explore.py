@@ -238,7 +238,8 @@ def test_the_notebooks_widgets(executed):
     state = executed.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
     words = [s["state"].get("description") for s in state]
     for word in ("sequences seen", "sequence", "what is switched off in Layer 1 is felt by", "share of a given", "share of b given",
-                 "share of c given", "clamps", "Train", "Stop", "Continue", *(f"{layer}.{h}" for layer in (0, 1) for h in range(8))):
+                 "share of c given", "clamps", "Train", "Stop", "Continue",
+                 *(f"{layer}.{h}" for layer in (0, 1) for h in range(8))):
         assert word in words, word
     assert "head of Layer 2, the strongest first" in words
     drawn = "".join(s["state"].get("value", "") for s in state if s["model_name"] == "HTMLModel")
@@ -338,7 +339,8 @@ def test_the_static_operating_table(browser, site):
     assert texts(numbers.inner_html())[0] < 0.5 < whole[0]
     panel.get_by_label("clamped").select_option("6")  # the copy: no head's value is needed
     assert texts(numbers.inner_html())[0] > 0.5
-    labelled = page.evaluate("[...document.querySelectorAll('.ih-controls input, .ih-controls select')].every(f => f.labels.length)")
+    labelled = page.evaluate("[...document.querySelectorAll('.ih-controls input, .ih-controls select')]"
+                             ".every(f => f.labels.length)")
     assert labelled and page.locator(".ih-panel svg:not([aria-label])").count() == 0
     page.close()
 
@@ -363,14 +365,17 @@ def lab(tmp_path_factory, quick):
         time.sleep(0.2)
     yield f"http://127.0.0.1:{port}"
     server.terminate()
-    server.wait(20)
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        server.kill()
 
 
 def test_the_live_panels_in_jupyterlab(browser, lab, quick, executed):
     page, _ = opened(browser, f"{lab}/lab/tree/explore.ipynb")
     page.wait_for_function("window.jupyterapp && window.jupyterapp.commands.hasCommand('notebook:run-all-cells')", timeout=60_000)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # and does not wait for the end
     page.wait_for_selector("text=Continue", timeout=180_000)  # the last panel is there
     panels_ = page.locator(".widget-vbox.ih-panel")
     scrub, operate = panels_.nth(0), panels_.nth(1)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -76,7 +77,9 @@ def test_the_phase_change_is_of_one_curve_in_order():
 
 def test_others_are_all_heads_but_those():
     assert metrics.others(1, 3, 4) == ((1, 0), (1, 1), (1, 2))
-    assert metrics.others(0, [0, 2], 4) == ((0, 1), (0, 3))
+    assert metrics.others(0, [0, 2], 4) == ((0, 1), (0, 3)) and metrics.others(1, np.int64(0), 2) == ((1, 1),)
+    with pytest.raises(ValueError, match="keep=9"):
+        metrics.others(1, 9, 8)
 
 
 def test_a_finished_network_is_measured_at_the_end_of_its_windows(networks, batch):

@@ -157,7 +157,7 @@ def test_positions_follow_their_formula(positions, angles):
             torch.testing.assert_close(found["q", 0][0, 0, pos, 0], torch.view_as_real(x * torch.exp(1j * turn)).flatten())
 
 
-@pytest.mark.parametrize("bad", [{"n_heads": 7}, {"d_model": 8, "n_heads": 8}, {"positions": "alibi"}, {"n_layers": 0},
+@pytest.mark.parametrize("bad", [{"n_heads": 7}, {"mlp_ratio": 0.001}, {"d_model": 8, "n_heads": 8}, {"positions": "alibi"}, {"n_layers": 0},
                                  {"mlp_ratio": -1}, {"rotary_base": 0}, {"d_model": 64.0},
                                  {"positions": "sinusoidal", "d_model": 63, "n_heads": 7}])
 def test_bad_architectures_are_refused(bad):

@@ -19,7 +19,7 @@ import torch
 from ihbook import clamps, step
 from ihbook import family as t
 from ihbook import train as training
-from ihbook.config import ModelConfig, RunConfig, TaskConfig, encode
+from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig, encode
 from ihbook.metrics import cross_entropy
 from ihbook.model import initial_weights, stack
 
@@ -317,6 +317,18 @@ def test_processes_give_what_this_process_gives(small_bank, processes, tmp_path)
         shutil.rmtree(tmp_path / "here")
 
 
+def test_what_is_compiled_is_compiled_once(small_bank, processes, tmp_path):
+    """Runs with the same kinds of clamps stay together, three or more kinds; a single kind is shared out."""
+    kinds = [(), (clamps.Copy((1, 0)),), (clamps.Ablate((1, 0)),)]
+    runs = [replace(run, clamps=kind) for kind in kinds for run in training.seeds(RUN, 3)]
+    blocks = training.plan_blocks(t.prepare(runs, small_bank), tmp_path, compile=True)
+    assert [block.places for block in blocks] == [[0, 1], [2], [3, 4], [5], [6, 7], [8]]
+    work = training._work(blocks)
+    assert work == [200 + training.COMPILE_FROM, 100] * 3 and training._shares(work, 2) == [[0, 1, 2], [3, 4, 5]]
+    alone = training.plan_blocks(t.prepare(runs[:2], small_bank), tmp_path, compile=True)
+    assert [block.places for block in alone] == [[0], [1]]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_processes_stop_save_and_go_on(small_bank, processes, tmp_path, number):
     runs = many(24_000)
@@ -457,6 +469,43 @@ def test_steps_are_those_of_torch(small_bank):
             other.step()
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name].detach(), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"warmup": 160}, {"schedule": "cosine"}, {"optimiser": "sgd", "warmup": 96, "schedule": "cosine"}])
+def test_schedules_are_applied_at_their_step(small_bank, changes):
+    """Against PyTorch's optimiser, given each step's rate."""
+    run = replace(RUN, n_sequences=320, lr=0.01, **changes)
+    [each] = t.prepare([run], small_bank)
+    schedule = t._Schedule([each], "cpu", step.PLAIN)
+    ours, theirs = stack([each.weights]), {name: p.requires_grad_() for name, p in stack([each.weights]).items()}
+    moments = step.moments_of(ours, run)
+    other = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[run.optimiser](theirs.values(), lr=1.0)
+    for i in range(run.n_steps):
+        state = t._State(i, [0], ours, moments)
+        (batch, scalars), plan = schedule.batch(state), schedule.plan(state)
+        step.train_step(ours, moments, batch, plan, run.model, scalars)
+        seen = 32 * i
+        warm = run.lr * (seen + 32) / (run.warmup + 32)
+        cosine = run.lr / 2 * (1 + math.cos(math.pi * (seen - run.warmup) / (320 - run.warmup)))
+        other.param_groups[0]["lr"] = warm if seen < run.warmup else cosine if run.schedule == "cosine" else run.lr
+        other.zero_grad()
+        cross_entropy(plan(theirs, batch, run.model).logits, batch).sum().backward()
+        other.step()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name].detach(), atol=5e-5, rtol=1e-3)
+
+
+def test_what_is_recorded_at_another_batch_size(small_bank):
+    run = replace(RUN, batch_size=16, n_sequences=400, eval_every=100, checkpoint_every=150)
+    [result] = train([run], small_bank)
+    assert sorted(result.metrics["sequences"].unique()) == [0, 112, 208, 304, 400]
+    assert sorted(result.checkpoints) == [0, 160, 304, 400]
+
+
+def test_runs_on_banks_of_different_dims_train_in_one_call(tmp_path):
+    runs = [replace(RUN, bank=BankConfig("gaussian", n_classes=30, dim=dim), n_sequences=320) for dim in (16, 24)]
+    results = training.train(runs, progress=False)
+    assert [r.weights.d_exemplar for r in results] == [16, 24]
 
 
 def test_digests_reach_every_field():

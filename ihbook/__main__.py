@@ -1,4 +1,4 @@
-"""`python -m ihbook store list | verify | prune`: look after the store of finished runs."""
+"""`python -m ihbook store …` looks after the store of finished runs; `python -m ihbook sweep …` runs a chapter over a grid."""
 
 import argparse
 import sys
@@ -16,7 +16,34 @@ def main(arguments: list[str] | None = None) -> int:
     store.add_argument("--root", help="the store's folder (default: IHBOOK_STORE, or the platform's place for user data)")
     store.add_argument("--days", type=float, help="prune: also remove runs not written in so many days")
     store.add_argument("--all", action="store_true", help="prune: remove every run")
+    swept = commands.add_parser("sweep", help="run a chapter at every point of a grid of parameters, and gather its numbers")
+    swept.add_argument("notebook", help="such as book/08_data_properties.ipynb")
+    swept.add_argument("-p", "--parameter", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"),
+                       help="a parameter and its values; 0:8 stands for 0 1 … 7")
+    swept.add_argument("--out", required=True, help="the folder for notebooks, numbers.parquet and index.html")
+    where = swept.add_mutually_exclusive_group()
+    where.add_argument("--processes", type=int, help="run so many points at a time, each in a process of its own")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="run them on the Dask cluster of this scheduler, such as tcp://…:8786")
     options = parser.parse_args(arguments)
+    return _store(options) if options.command == "store" else _sweep(parser, options)
+
+
+def _sweep(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from ihbook import sweep  # what it imports is slow, and the store does not need it
+
+    try:
+        grid = sweep.grid(options.parameter)
+        with sweep.places(options.processes, options.scheduler) as executor:
+            done = sweep.sweep(options.notebook, grid, options.out, executor=executor)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"{error}\n")
+    for point, why in done.failed.items():
+        print(f"failed: {point}: {why.strip().splitlines()[-1]}\n  {point.folder / 'out.ipynb'}")
+    print(f"{len(done.table)} numbers, {len(done.failed)} points failed: {done.page}")
+    return 1 if done.failed else 0
+
+
+def _store(options: argparse.Namespace) -> int:
     where = Store(options.root)
     print(where.root)
     if options.action == "list":

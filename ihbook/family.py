@@ -29,7 +29,7 @@ from ihbook.config import BankConfig, RunConfig
 from ihbook.data import Batch
 from ihbook.model import Params, Weights, initial_weights, load_weights, save_weights, stack
 
-VERSION = 4  # raise it when a change of code changes a run's numbers: what other versions stored is not read
+VERSION = 5  # raise it when a change of code changes a run's numbers: what other versions stored is not read
 CHUNK_STEPS = 256  # steps sampled at once; part of what a training stream is, so a change of it changes results
 EVAL_CHUNK = 250  # sequences evaluated at once, of every run
 SAVE_SECONDS = 45.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from ihbook.model import Params, Weights, stack
 
 LN2 = math.log(2)  # the loss of knowing which two labels are in context, but not which is right
 THRESHOLD = 0.4 * LN2  # the paper's sign of the phase change, in nats
-
+TOGETHER, CHUNK = 8, 1024  # finished networks, and their sequences, that are measured at once: what a core's caches hold
 
 NAMES = ("loss", "accuracy", "probability", "in_context_loss", "in_context_accuracy", "in_context_probability",
          "context_probability")
@@ -89,29 +89,30 @@ def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: compose.Pl
 
 
 def measure(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence[Sequence] = ((),), *,
-            chunk: int = 4096) -> dict[str, Tensor]:
+            chunk: int = CHUNK) -> dict[str, Tensor]:
     """`evaluate` for finished networks: one network under each list of clamps, or each network under its own.
 
-    `batch` is of one run and serves all. Raises ValueError where the numbers of networks and clamps do not match.
+    `batch` is of one run and serves all; `chunk` sequences are computed at once, over all networks. Raises ValueError where
+    the numbers of networks and clamps do not match.
     """
-    params, config, plan = _clamped(weights, batch, clamps)
-    n_runs = len(params["unembed.bias"])
-    return evaluate(params, batch.expand(n_runs), config, plan, chunk=max(1, chunk // n_runs))
+    found = [evaluate(params, batch.expand(n), config, plan, chunk=max(1, chunk // n))
+             for params, config, plan, n in _clamped(weights, batch, clamps)]
+    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
 
 
 @torch.no_grad()
 def correct(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence[Sequence] = ((),), *,
-            chunk: int = 4096) -> Tensor:
+            chunk: int = CHUNK) -> Tensor:
     """Whether each network answers each sequence right, bool `[run, batch]`; networks and clamps as in `measure` (Table 2)."""
-    params, config, plan = _clamped(weights, batch, clamps)
-    n_runs = len(params["unembed.bias"])
-    return torch.cat([plan(params, part, config, query_only=True).logits.argmax(2) == part.targets
-                      for part in batch.expand(n_runs).split(max(1, chunk // n_runs))], 1)
+    return torch.cat([
+        torch.cat([plan(params, part, config, query_only=True).logits.argmax(2) == part.targets
+                   for part in batch.expand(n).split(max(1, chunk // n))], 1)
+        for params, config, plan, n in _clamped(weights, batch, clamps)])
 
 
 def gradients(weights: Weights, batch: Batch, clamps: Sequence = ()) -> Params:
     """The gradient of the mean loss of one network's sequences with respect to each weight, under clamps; no run axis."""
-    params, config, plan = _clamped(weights, batch, [clamps])
+    [(params, config, plan, _)] = _clamped(weights, batch, [clamps])
     found = torch.func.grad(lambda p: cross_entropy(plan(p, batch, config, query_only=True).logits, batch).sum())(params)
     return {name: g[0] for name, g in found.items()}
 
@@ -131,8 +132,8 @@ def composition_scores(weights: Weights, part: str, layer: int = 1) -> Tensor:
 
 
 def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
-             clamps: Sequence[Sequence]) -> tuple[Params, ModelConfig, compose.Plan]:
-    """Finished networks, each under its clamps, as one program."""
+             clamps: Sequence[Sequence]) -> Iterator[tuple[Params, ModelConfig, compose.Plan, int]]:
+    """Finished networks, each under its clamps, `TOGETHER` of them as one program; and how many these are."""
     networks = [weights] * len(clamps) if isinstance(weights, Weights) else list(weights)
     lists = list(clamps) * len(networks) if len(clamps) == 1 else list(clamps)
     if len(networks) != len(lists):
@@ -141,9 +142,10 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
     shape = Shape(config.n_layers, config.n_heads, n_pairs)
     for each in lists:
         compose.check(each, shape)
-    plan = compose.plan([compose.active(each, math.inf) for each in lists], config, n_pairs,
-                         dtype=networks[0].tensors["unembed.bias"].dtype)
-    return stack(networks), config, plan
+    for i in range(0, len(lists), TOGETHER):
+        some = [compose.active(each, math.inf) for each in lists[i:i + TOGETHER]]
+        plan = compose.plan(some, config, n_pairs, dtype=networks[0].tensors["unembed.bias"].dtype)
+        yield stack(networks[i:i + TOGETHER]), config, plan, len(some)
 
 
 def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[int, int], ...]:
@@ -166,6 +168,15 @@ def phase_change(curve: pd.DataFrame, threshold: float = THRESHOLD, *, eval_set:
         return math.nan
     i = below[0]
     return x[0] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - threshold) / (y[i - 1] - y[i])
+
+
+def plateau(losses: pd.Series, change: float) -> tuple[float, float, float]:
+    """Of losses (nats) by sequences seen: their median in the second quarter of the time to the phase change, by how much they fall
+    in that quarter, and in the half around `change` (Figure 3a). NaN where there are not enough."""
+    early, around = (losses[(losses.index >= a * change) & (losses.index <= b * change)]
+                     for a, b in ((1 / 4, 1 / 2), (3 / 4, 5 / 4)))
+    waits, falls = (part.iloc[0] - part.iloc[-1] if len(part) > 1 else math.nan for part in (early, around))
+    return float(early.median()), waits, falls
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:

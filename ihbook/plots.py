@@ -8,10 +8,13 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -392,11 +395,47 @@ def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
                           textcoords="offset points", color=head_colour(row["head"]), fontsize=8.5, ha="center")
         axes.set(xlabel="induction strength", ylabel=words)
         axes.margins(0.09, 0.13)
+        _whole_numbers(axes, table[column])
     best = table[table["run"] == first].sort_values("strength", ascending=False)
     figure.alt = "Against induction strength: " + "; ".join(
         f"{words}: " + ", ".join(f"{s:.2f} {v:.3f}" for s, v in zip(best["strength"], best[column], strict=True))
         for column, words in panels.items()) + "."
     return figure
+
+
+@_in_style
+def sweep(table: pd.DataFrame, varied: Sequence[str], claims: Mapping[str, Any]) -> Picture:
+    """Small multiples of a sweep: a panel a claim, its numbers against the first of `varied`, in colours the second, medians and
+    ranges over the rest (`seed` is always of the rest, unless it is alone). Shaded where the claim (`claims.Claim`) holds."""
+    order = sorted(varied, key=lambda name: name == "seed") or ["nth"]
+    hue = next((name for name in order[1:] if name != "seed"), None)
+    keys = list(dict.fromkeys(table["claim"]))
+    figure = Picture(figsize=(9.6, 2.8 * -(-len(keys) // 3)))
+    grid, words = figure.subplots(-(-len(keys) // 3), 3, squeeze=False).flatten(), []
+    for axes, key in zip(grid, keys, strict=False):
+        rows = table[table["claim"] == key].dropna(subset="value")
+        colour = {"palette": _PALETTE[:rows[hue].nunique()]} if hue else {"color": _PALETTE[0]}
+        sns.lineplot(rows, x=order[0], y="value", hue=hue, ax=axes, estimator="median", errorbar=("pi", 100), marker="o",
+                     legend="full" if hue and axes is grid[0] else False, **colour)
+        low, high = axes.get_ylim()
+        axes.axhspan(max(low, claims[key].low), min(high, claims[key].high), color=_PALETTE[2], alpha=0.12, lw=0)
+        axes.set(ylim=(low, high), ylabel="", title="\n".join(textwrap.wrap(claims[key].sentence, 36)))
+        axes.title.set_fontsize(9.5)
+        if not pd.api.types.is_float_dtype(rows[order[0]]):
+            axes.set_xticks(sorted(rows[order[0]].unique()))
+        words.append(f"{claims[key].sentence}: median {rows['value'].median():.3g}")
+    for axes in grid[len(keys):]:
+        axes.axis("off")
+    figure.alt = f"Against {order[0]}, a panel a claim. " + "; ".join(words) + "."
+    return figure
+
+
+def _whole_numbers(axes: Axes, values: pd.Series) -> None:
+    """Ticks of counts at whole numbers, and of large ones with commas."""
+    if values.max() > 1000:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    elif (values % 1 == 0).all():
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
 
 
 @_in_style
@@ -413,8 +452,9 @@ def distributions(of_runs: Mapping[str, Sequence[float]], by_rank: pd.Series) ->
         for at, (_, each) in enumerate(values.groupby(level=0, sort=False)):
             axes.plot([at - 0.3, at + 0.3], [each.median()] * 2, color=INK, lw=1.6, zorder=4)
         axes.set(ylabel=words, xlabel="")
-        if (values > 1000).any():
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        _whole_numbers(axes, values)
+        if len(set(values.index)) == 1:
+            axes.set_xticks([])
     grid[-1].axhline(0, color=MUTED, lw=0.8)
     grid[-1].set_xlabel("heads of a network, the strongest first")
     figure.alt = "; ".join(f"{words}: median {pd.Series(values).median():,.4g}, from {min(values):,.4g} to {max(values):,.4g}"

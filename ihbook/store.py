@@ -9,21 +9,27 @@ import shutil
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import platformdirs
 import torch
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from ihbook import family, train
+from ihbook import family, spread, train
 from ihbook.banks import Bank
 from ihbook.config import RunConfig, encode
 from ihbook.family import Checkpoints, Prepared, Result, writing
 from ihbook.model import load_weights, save_weights
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 MANIFEST = "manifest.json"
 
@@ -65,12 +71,14 @@ class Store:
         self.root = Path(root) if root else default_root()
 
     def fetch(self, runs: Sequence[RunConfig], *, bank: Bank | None = None, device: str | torch.device = "cpu",
-              compile: bool | None = None, progress: bool = True) -> list[Result]:
+              compile: bool | None = None, progress: bool = True, executor: Client | None = None) -> list[Result]:
         """The results of `runs`, in their order: read where they are stored, trained and stored where not.
 
-        A run that another process is training is waited for. Options as in `train.train`. Raises ValueError for a run
-        that can't be trained, OSError where the store can't be written, KeyboardInterrupt when stopped: what was done is
-        kept, and the same call goes on.
+        A run that another process is training is waited for. Options as in `train.train`. With a Dask client as `executor`
+        (`spread.connect`), what is missing is trained by its workers, on the devices that they have, and stored here.
+
+        Raises ValueError for a run that can't be trained, OSError where the store can't be written, KeyboardInterrupt when
+        stopped: what was done is kept, and the same call goes on.
         """
         prepared = family.prepare(runs, bank, device)
         names = [f"{name}-{length}" for name, length in map(key, prepared)]
@@ -83,7 +91,8 @@ class Store:
                 for name, each in missing.items():
                     found[name] = self.get(each)  # another process may have trained it while this one waited
                 rest = {name: each for name, each in missing.items() if found[name] is None}
-                found |= self._train(rest, device, compile, progress)
+                found |= (self._train(rest, device, compile, progress) if executor is None
+                          else self._spread(rest, executor, progress))
         return [replace(found[name], config=run) for name, run in zip(names, runs, strict=True)]
 
     def _train(self, missing: dict[str, Prepared], device: str | torch.device, compile: bool | None,
@@ -96,6 +105,49 @@ class Store:
                 done[names[i]] = self.put(each, result)
             shutil.rmtree(block.folder(directory), ignore_errors=True)
         return done
+
+    def _spread(self, missing: dict[str, Prepared], client: Client, progress: bool) -> dict[str, Result]:
+        names, family, done = list(missing), list(missing.values()), {}
+        groups: dict[tuple, list[int]] = defaultdict(list)
+        for i, each in enumerate(family):
+            groups[each.program, each.kinds_of_clamps].append(i)
+        shares = spread.shares(list(groups.values()), [each.config.n_steps for each in family], spread.workers(client))
+        jobs = [(worker, ([family[i].config for i in share], [family[i].bank for i in share if family[i].config.bank.path][:1]))
+                for worker, share in shares]
+        with tqdm(total=len(family), desc="runs", disable=not progress, leave=False) as bar:
+            for job, sent in spread.run(client, _elsewhere, jobs):
+                for i, files in zip(shares[job][1], sent, strict=True):
+                    done[names[i]] = self._receive(family[i], files)
+                    bar.update()
+        return done
+
+    def _receive(self, each: Prepared, files: dict[str, bytes]) -> Result:
+        """Store a run's folder as it was sent from elsewhere, once it is verified."""
+        name, length = key(each)
+        with self._placing(f"{name}-{length}") as partial:
+            for path, content in files.items():
+                (partial / path).parent.mkdir(exist_ok=True)
+                (partial / path).write_bytes(content)
+            _verify(partial)
+            book = json.loads((partial / "config.json").read_text())
+            if (book["version"], book["bank"]["digest"]) != (family.VERSION, each.bank.digest):
+                raise RuntimeError("a worker has another version of ihbook, or other characters; install there what is here")
+        return _read(self.root / "runs" / f"{name}-{length}", each.config)
+
+    @contextmanager
+    def _placing(self, name: str) -> Iterator[Path]:
+        """A new folder, which becomes that of a run when it is complete."""
+        folder = self.root / "runs" / name
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+            yield partial
+            if folder.exists():  # a damaged one, since a whole one would have been read
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+        except OSError as error:
+            raise OSError(f"can't store a run in {self.root} ({error}); free space there, make it writable, or set IHBOOK_STORE "
+                          "to another folder") from error
 
     def _lock(self, name: str, progress: bool) -> FileLock:
         """The lock of a run, held. It goes with its process, however that ends."""
@@ -139,10 +191,7 @@ class Store:
     def put(self, each: Prepared, result: Result) -> Result:
         """Store a result, whole or not at all; the checkpoints are moved there. Returns it as read from there."""
         name, length = key(each)
-        folder = self.root / "runs" / f"{name}-{length}"
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        with self._placing(f"{name}-{length}") as partial:
             (partial / "config.json").write_text(json.dumps(
                 {"version": family.VERSION, "run": encode(each.config), "bank": each.bank.metadata | {"digest": each.bank.digest}},
                 indent=1, default=str))
@@ -155,13 +204,7 @@ class Store:
             files = {path.relative_to(partial).as_posix(): _sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()}
             with writing(partial / MANIFEST) as temporary:
                 temporary.write_text(json.dumps(files, indent=1))
-            if folder.exists():  # a damaged one, since a whole one would have been read
-                shutil.rmtree(folder)
-            os.replace(partial, folder)
-        except OSError as error:
-            raise OSError(f"can't store a run in {self.root} ({error}); free space there, make it writable, or set IHBOOK_STORE "
-                          "to another folder") from error
-        return _read(folder, each.config)
+        return _read(self.root / "runs" / f"{name}-{length}", each.config)
 
     def entries(self) -> Iterator[Entry]:
         """Every stored run, the latest first; damaged ones with an empty config."""
@@ -198,9 +241,21 @@ class Store:
         return gone
 
 
-def fetch(runs: Sequence[RunConfig], *, device: str | torch.device = "cpu", progress: bool = True) -> list[Result]:
+def fetch(runs: Sequence[RunConfig], *, device: str | torch.device = "cpu", progress: bool = True,
+          executor: Client | None = None) -> list[Result]:
     """`Store.fetch` on the default store: how the book's chapters get their runs."""
-    return Store().fetch(runs, device=device, progress=progress)
+    return Store().fetch(runs, device=device, progress=progress, executor=executor)
+
+
+def _elsewhere(runs: Sequence[RunConfig], banks: Sequence[Bank]) -> list[dict[str, bytes]]:
+    """On a worker: train runs in a store of its own, and give their folders as bytes. `banks` has one that it can't be sure to
+    find, or none."""
+    with tempfile.TemporaryDirectory() as root:
+        bank, device = (banks[0] if banks else None), "cuda" if torch.cuda.is_available() else "cpu"
+        Store(root).fetch(runs, bank=bank, device=device, progress=False)
+        folders = [Path(root) / "runs" / "{}-{}".format(*key(each)) for each in family.prepare(runs, bank)]
+        return [{path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+                for folder in folders]
 
 
 def _sha256(path: Path) -> str:

@@ -23,11 +23,12 @@ def loss(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
     return 0.5 * (inner(truth, truth) - 2 * inner(vectors, truth) + inner(vectors, vectors)) / size
 
 
-def train(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, float] = (), *, n_dims: int = 20,
+def train(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, float | Sequence[float]] = (), *, n_dims: int = 20,
           n_iterations: int = 1000, lr: float = 1.0) -> pd.DataFrame:
     """Gradient descent on `loss` from N(0, I), a run a seed, the vectors in `clamped` being the truth throughout (Figures 5a, 9).
 
-    With strengths, `clamped={"c": 0.5}`, the product has strength · truth + (1 − strength) · what is learnt in a vector's place.
+    With strengths, `clamped={"c": 0.5}`, one for all runs or one each, the product has strength · truth + (1 − strength) · what is
+    learnt in a vector's place.
 
     One row a run and iteration, 0 to `n_iterations`, each before its step: run, iteration, `loss`; `relative_loss`, over the
     loss of learning nothing (of a product that is 0); the progress measures `misaligned_a`, …, which are 1 − cos² of a vector
@@ -38,8 +39,10 @@ def train(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, flo
     if unknown := sorted(set(strength) - set(NAMES)):
         raise ValueError(f"clamped={clamped!r} names {unknown[0]!r}; the vectors are a, b and c")
     for name, value in strength.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"clamped: the strength of {name} is {value!r}; it must be from 0 to 1")
+        each = torch.as_tensor(value, dtype=torch.float64)
+        if each.shape not in ((), (len(seeds),)) or not ((each >= 0) & (each <= 1)).all():
+            raise ValueError(f"clamped: the strength of {name} is {value!r}; it must be from 0 to 1, one for all runs or one each")
+        strength[name] = each.view(-1, 1)
     whole("n_dims", n_dims, 1)
     whole("n_iterations", n_iterations, 1)
     at_least("lr", lr, 0)

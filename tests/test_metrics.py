@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import shared
 
-from ihbook import clamps, metrics
+from ihbook import claims, clamps, metrics
 from ihbook.data import Batch
 
 
@@ -73,6 +74,22 @@ def test_the_phase_change_is_of_one_curve_in_order():
     curve = pd.DataFrame(rows, columns=["sequences", "eval_set", "metric", "value"])
     assert metrics.phase_change(curve, 0.5) == pytest.approx(150)
     assert metrics.phase_change(curve, 0.5, eval_set="test_classes") == 50
+
+
+def test_the_plateau_and_the_fall_after_it():
+    losses = pd.Series([2.0, 0.9, 0.8, 0.7, 0.7, 0.4, 0.1, 0.0], index=[0, 25, 40, 50, 75, 100, 125, 200])
+    assert metrics.plateau(losses, 100) == pytest.approx((0.8, 0.2, 0.6))
+    assert all(math.isnan(value) for value in metrics.plateau(losses, math.nan))
+
+
+def test_the_authors_curve_meets_the_claims_about_its_shape():
+    """Else a claim would ask more of others than the paper shows."""
+    curves = pd.read_csv(shared("reference/curves.csv"))
+    curve = curves[(curves["run"] == "main") & (curves["eval_set"] == "train")]
+    change = metrics.phase_change(curve.melt(["run", "sequences", "eval_set"], var_name="metric"))
+    level, waits, falls = metrics.plateau(curve.set_index("sequences")["loss"], change)
+    found = {"plateau": level, "drop": falls / 2 / waits, "final-loss": curve["loss"].iloc[-1]}
+    assert {key: claims.judge(key, value).word for key, value in found.items()} == dict.fromkeys(found, "holds"), found
 
 
 def test_others_are_all_heads_but_those():

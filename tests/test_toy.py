@@ -42,7 +42,15 @@ def test_runs_do_not_touch_each_other():
     assert (together["misaligned_c"] > 0).all() and (toy.train([1], ["c"], n_iterations=5)["misaligned_c"].abs() < 1e-12).all()
 
 
-@pytest.mark.parametrize("bad", [{"clamped": ["d"]}, {"n_dims": 0}, {"n_iterations": 0}, {"lr": -1}])
+def test_strengths_of_each_run():
+    together = toy.train([1, 1, 2], {"a": [0.0, 0.5, 1.0], "b": 0.5}, n_iterations=20)["loss"].to_numpy().reshape(21, 3)
+    for i, (seed, given) in enumerate(((1, 0.0), (1, 0.5), (2, 1.0))):
+        alone = toy.train([seed], {"a": given, "b": 0.5}, n_iterations=20)
+        assert together[:, i].tolist() == pytest.approx(alone["loss"].tolist())
+
+
+@pytest.mark.parametrize("bad", [{"clamped": ["d"]}, {"n_dims": 0}, {"n_iterations": 0}, {"lr": -1},
+                                 {"clamped": {"a": [0.5, 0.2]}}, {"clamped": {"a": [2.0]}}])
 def test_bad_input_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         toy.train(**bad)

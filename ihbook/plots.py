@@ -344,12 +344,14 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
         at_end = float(median.iloc[-1])
         crossing = f", first below {THRESHOLD:.2f} at {below[0]:,.0f}" if threshold and len(below) else ""
         words.append(f"{name} {at_end:.3g}{crossing}")
+    ground = {"color": MUTED, "ha": "right", "va": "bottom", "fontsize": 9, "zorder": 4,
+              "bbox": {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}}
     if ln2:
         axes.axhline(LN2, color=MUTED, ls=(0, (4, 3)), lw=1)
-        axes.text(0.995 * last, LN2, "ln 2", color=MUTED, ha="right", va="bottom", fontsize=9)
+        axes.text(0.995 * last, LN2, "ln 2", **ground)
     if threshold:
         axes.axhline(THRESHOLD, color=MUTED, ls=(0, (1, 2)), lw=1)
-        axes.text(0.995 * last, THRESHOLD, "0.4 ln 2", color=MUTED, ha="right", va="bottom", fontsize=9)
+        axes.text(0.995 * last, THRESHOLD, "0.4 ln 2", **ground)
     if line is not None:
         axes.axvline(line, color=MUTED, lw=1)
     if log:
@@ -379,7 +381,7 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
 def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
                      published: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None) -> Picture:
     """Panels of what a head does against its induction strength: columns run, head, strength and those named by `panels`
-    (column -> what it is called). The first run's heads in their colours, other runs' grey; published values open circles."""
+    (column -> what it is called). The first run's heads with their numbers, other runs' grey; published values open circles."""
     figure = Picture(figsize=(7.6, 3.5))
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     first = table["run"].iloc[0]
@@ -389,10 +391,10 @@ def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
             axes.legend(frameon=False, fontsize=9, labelcolor=MUTED, loc="best", handletextpad=0.2)
         rest = table[table["run"] != first]
         axes.plot(rest["strength"], rest[column], "o", color="#c9c9c9", ms=4.5)
-        for i, row in enumerate(table[table["run"] == first].sort_values("strength").to_dict("records")):
-            axes.plot(row["strength"], row[column], "o", color=head_colour(row["head"]), ms=7)
-            axes.annotate(f"1.{row['head']}", (row["strength"], row[column]), xytext=(0, -14 if i % 2 else 7),
-                          textcoords="offset points", color=head_colour(row["head"]), fontsize=8.5, ha="center")
+        for row in table[table["run"] == first].sort_values("strength").to_dict("records"):
+            axes.plot(row["strength"], row[column], "o", color=head_colour(row["head"]), ms=11, mec="white", mew=0.8)
+            axes.text(row["strength"], row[column], str(row["head"]), color="white", fontsize=7.5, fontweight="bold", ha="center",
+                      va="center_baseline")
         axes.set(xlabel="induction strength", ylabel=words)
         axes.margins(0.09, 0.13)
         _whole_numbers(axes, table[column])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from statistics import median
@@ -9,7 +10,7 @@ from statistics import median
 import nbformat
 import papermill
 import pytest
-from conftest import BUILD, ROOT, TOOLS, copy_of_the_book
+from conftest import BUILD, ROOT, TOOLS, copy_of_the_book, shared
 
 from ihbook.claims import CLAIMS
 
@@ -34,6 +35,26 @@ def execute(name, tmp_path, parameters, wanted="None"):
                                      progress_bar=False, cwd=tmp_path)
     text = "".join(o["text"] for o in out.cells[-1].outputs if o.get("name") == "stdout")
     return json.loads(text.split("WANTED")[1])
+
+
+PUBLISHED = ["3a", "3b", "§3", "4a", "13", "T2", "4b", "17", "5a", "9", "5b", "10", "7", "8", "6", "11", "T1", "12", "14", "15", "16",
+             "T3", "18"]  # the paper's figures and tables
+
+
+def test_every_figure_and_table_of_the_paper_is_in_the_book():
+    headings = [line for path in CHAPTERS for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"
+                for line in cell.source.splitlines() if line.startswith("#")]
+    found = {claim.figure for claim in CLAIMS.values()}
+    for line in headings:
+        for kind, rest in re.findall(r"(Figure|Table)s? ([^)]*)", line):
+            found |= {("T" if kind == "Table" else "") + name for name in re.findall(r"\d+[a-z]?", rest)}
+    assert set(PUBLISHED) <= found, set(PUBLISHED) - found
+
+
+def test_the_list_above_is_that_of_the_specification():
+    rows = re.findall(r"^\| ([^|]+?) \| ", shared("spec/experiments.md").read_text().split("## 4.")[1], re.MULTILINE)
+    ids = [name.removesuffix(" text") for row in rows for name in row.split(", ")]
+    assert sorted(set(ids) - {"id"}) == sorted(PUBLISHED)
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
@@ -104,9 +125,27 @@ def test_07_orders_the_clamped_runs_as_the_paper_does(tmp_path, store):
     assert graft["6"] < min(graft["7"], graft["8"])
 
 
-@pytest.mark.parametrize("name", ["03_many_heads", "04_wiring", "07_subcircuits", "08_data_properties"])
+def test_04_finds_the_wiring_of_another_seed(tmp_path, store):
+    verdicts, n, heads = execute("04_wiring", tmp_path, {"seed": 6}, f"[{VERDICTS}, len(order), sorted(order)]")
+    assert n == 8 and heads == list(range(8))
+    for key in ("direct", "pt-patterns", "pt-values", "direct-late", "layer2-direct"):
+        assert verdicts[key][0] == "holds", (key, verdicts[key])
+
+
+def test_09_of_another_seed(tmp_path, store):
+    times, perfect, labels, verdicts = execute("09_match_and_copy", tmp_path, {"seed": 6}, f"[list(times.items()), "
+                                               f"[computed.tolist(), perfect.tolist()], accuracy.shape, {VERDICTS}]")
+    times = dict(times)
+    assert times[1] < times[.8] < times[.6] and times[0] < times[.3] and labels == [8, 5]
+    assert max(perfect[1]) > max(perfect[0]) - 1e-3 and sum(perfect[1]) > sum(perfect[0])  # a better match helps, on the whole
+    assert verdicts["negative-learns"][0] == verdicts["negative-fails"][0] == "holds"
+
+
+@pytest.mark.parametrize("name", ["03_many_heads", "04_wiring", "07_subcircuits", "08_data_properties", "09_match_and_copy",
+                                  "10_seeds"])
 def test_a_run_too_short_for_a_phase_change_says_so(tmp_path, store, name):
-    verdicts = execute(name, tmp_path, {"n_sequences": 800, "n_seeds": 2}, VERDICTS)
+    parameters = {"n_sequences": 800} | ({} if name.startswith("09") else {"n_seeds": 2})
+    verdicts = execute(name, tmp_path, parameters, VERDICTS)
     assert {word for word, *_ in verdicts.values()} == {"not tested"}
 
 

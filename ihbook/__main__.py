@@ -29,9 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sweep(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    from ihbook import sweep  # what it imports is slow, and the store does not need it
-
     try:
+        from ihbook import sweep  # what it imports is slow, and the store does not need it
+
         grid = sweep.grid(options.parameter)
         with sweep.places(options.processes, options.scheduler) as executor:
             done = sweep.sweep(options.notebook, grid, options.out, executor=executor)

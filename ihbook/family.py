@@ -164,6 +164,11 @@ class Prepared:
         return tuple(sorted(type(clamp).__name__ for clamp in clamps))
 
     @property
+    def drawn_bank(self) -> bool:
+        """Whether another process would draw the same bank from the config, which a bank of the caller's own may not be."""
+        return self.config.bank.name in ("glyphs", "gaussian", "onehot") and self.bank is load_bank(self.config.bank)
+
+    @property
     def digest(self) -> str:
         return f"{self.config.digest}-{self.bank.digest[:16]}"
 

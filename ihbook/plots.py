@@ -411,23 +411,28 @@ def sweep(table: pd.DataFrame, varied: Sequence[str], claims: Mapping[str, Any])
     ranges over the rest (`seed` is always of the rest, unless it is alone). Shaded where the claim (`claims.Claim`) holds."""
     order = sorted(varied, key=lambda name: name == "seed") or ["nth"]
     hue = next((name for name in order[1:] if name != "seed"), None)
-    keys = list(dict.fromkeys(table["claim"]))
+    x = table[order[0]]
+    table = table.assign(x=x if pd.api.types.is_numeric_dtype(x) else x.map(str), hue=table[hue].map(str) if hue else "")
+    palette = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(table["hue"].unique())}
+    keys = [key for key in dict.fromkeys(table["claim"]) if table.loc[table["claim"] == key, "value"].notna().any()]
     figure = Picture(figsize=(9.6, 2.8 * -(-len(keys) // 3)))
     grid, words = figure.subplots(-(-len(keys) // 3), 3, squeeze=False).flatten(), []
     for axes, key in zip(grid, keys, strict=False):
         rows = table[table["claim"] == key].dropna(subset="value")
-        colour = {"palette": _PALETTE[:rows[hue].nunique()]} if hue else {"color": _PALETTE[0]}
-        sns.lineplot(rows, x=order[0], y="value", hue=hue, ax=axes, estimator="median", errorbar=("pi", 100), marker="o",
-                     legend="full" if hue and axes is grid[0] else False, **colour)
+        sns.lineplot(rows, x="x", y="value", hue="hue", palette=palette, ax=axes, estimator="median", errorbar=("pi", 100),
+                     marker="o", legend=False)
         low, high = axes.get_ylim()
         axes.axhspan(max(low, claims[key].low), min(high, claims[key].high), color=_PALETTE[2], alpha=0.12, lw=0)
-        axes.set(ylim=(low, high), ylabel="", title="\n".join(textwrap.wrap(claims[key].sentence, 36)))
+        axes.set(ylim=(low, high), xlabel=order[0], ylabel="", title="\n".join(textwrap.wrap(claims[key].sentence, 36)))
         axes.title.set_fontsize(9.5)
-        if not pd.api.types.is_float_dtype(rows[order[0]]):
-            axes.set_xticks(sorted(rows[order[0]].unique()))
+        if pd.api.types.is_integer_dtype(x):
+            axes.set_xticks(sorted(x.unique()))
         words.append(f"{claims[key].sentence}: median {rows['value'].median():.3g}")
     for axes in grid[len(keys):]:
         axes.axis("off")
+    if hue:
+        handles = [grid[0].plot([], [], "o-", color=colour, label=f"{hue}={name}")[0] for name, colour in palette.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.alt = f"Against {order[0]}, a panel a claim. " + "; ".join(words) + "."
     return figure
 

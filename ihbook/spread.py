@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,6 @@ from ihbook.train import BLOCK
 
 if TYPE_CHECKING:
     from distributed import Client
-
-GPU = 32  # cores that a GPU counts for
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,13 @@ class Worker:
     gpu: bool
 
     @property
-    def strength(self) -> int:
-        return GPU if self.gpu else self.threads
+    def jobs(self) -> int:
+        """How many families it trains at a time."""
+        return 1 if self.gpu else self.threads
 
     @property
     def family(self) -> int:
-        """The most runs that are sent to it at once."""
+        """The most runs that are sent to it as one family."""
         return BLOCK["cuda" if self.gpu else "cpu"]
 
 
@@ -44,45 +45,76 @@ def connect(address: str, seconds: float = 5.0) -> Client:
     except ImportError as error:
         raise ImportError("Dask is not installed; pip install distributed") from error
     try:
+        if not address:
+            raise ValueError("an empty address")
         return Client(address, timeout=seconds)
     except (OSError, ValueError) as error:
-        raise OSError(f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`, workers with "
-                      f"`dask worker {address}`, or correct the address") from error
+        raise OSError(f"no Dask scheduler answers at {address!r} ({error}); start one with `dask scheduler`, workers with "
+                      "`dask worker ADDRESS --nthreads 1`, or correct the address") from error
 
 
-def workers(client: Client) -> list[Worker]:
-    """The workers that a client's cluster has now. Raises OSError where there are none."""
-    gpus = client.run(torch.cuda.is_available)
-    found = [Worker(address, threads, gpus.get(address, False)) for address, threads in sorted(client.nthreads().items())]
+def workers(client: Client, known: Sequence[Worker] = ()) -> list[Worker]:
+    """The workers that a client's cluster has now; those `known` are not asked again. Raises OSError where there are none."""
+    threads, old = client.nthreads(), {worker.address: worker for worker in known}
+    new = [address for address in threads if address not in old]
+    gpus = client.run(torch.cuda.is_available, workers=new) if new else {}
+    found = [old.get(address) or Worker(address, n, gpus[address]) for address, n in sorted(threads.items())
+             if address in old or address in gpus]
     if not found:
         where = client.scheduler.address
-        raise OSError(f"the scheduler at {where} has no workers; start some with `dask worker {where}`")
+        raise OSError(f"the scheduler at {where} has no workers; start some with `dask worker {where} --nthreads 1`")
     return found
 
 
-def shares(groups: Sequence[Sequence[int]], work: Sequence[int], among: Sequence[Worker]) -> list[tuple[Worker, list[int]]]:
-    """What to send to whom: indices of runs of one group together, the longest first, to the worker that would be done soonest."""
-    load = dict.fromkeys(among, 0.0)
-    found = []
-    for group in groups:
-        waiting = sorted(group, key=lambda i: -work[i])
-        while waiting:
-            worker = min(among, key=lambda each: (load[each] + work[waiting[0]]) / each.strength)
-            share, waiting = waiting[:worker.family], waiting[worker.family:]
-            load[worker] += sum(work[i] for i in share)
-            found.append((worker, share))
-    return found
+def shares(groups: Sequence[Sequence[int]]) -> Callable[[Worker], list[int]]:
+    """A function that gives a worker what to train next: items of one group, as many as a family of its; none when all is given."""
+    waiting = deque(deque(group) for group in groups if group)
+
+    def take(worker: Worker) -> list[int]:
+        if not waiting:
+            return []
+        group = waiting[0]
+        share = [group.popleft() for _ in range(min(worker.family, len(group)))]
+        if not group:
+            waiting.popleft()
+        return share
+
+    return take
 
 
-def run(client: Client, function: Callable[..., Any], jobs: Sequence[tuple[Worker, tuple]]) -> Iterator[tuple[int, Any]]:
-    """Call `function` with each job's arguments on its worker, or where that is lost, on another; yields each job's number and
-    what came of it, as they are finished. What is left is cancelled when the caller stops."""
+def run(client: Client, function: Callable[..., Any], groups: Sequence[Sequence[int]],
+        arguments: Callable[[list[int]], tuple]) -> Iterator[tuple[list[int], Any]]:
+    """Call `function(*arguments(share))` on workers for shares of the groups; yields each share and what came of it, as they are
+    finished. A worker has as many at a time as it can train; what a lost one had, another does; new ones join in.
+
+    Raises OSError where the cluster is lost. What is left is cancelled when the caller stops.
+    """
     from distributed import as_completed
 
-    futures = {client.submit(function, *arguments, workers=[worker.address], allow_other_workers=True, pure=False): i
-               for i, (worker, arguments) in enumerate(jobs)}
+    take, among, busy = shares(groups), workers(client), Counter()
+    jobs: dict[Any, tuple[str, list[int]]] = {}
+    done = as_completed()
+
+    def fill() -> None:
+        for worker in among:
+            while busy[worker.address] < worker.jobs and (share := take(worker)):
+                job = client.submit(function, *arguments(share), workers=[worker.address], allow_other_workers=True, pure=False)
+                jobs[job] = worker.address, share
+                busy[worker.address] += 1
+                done.add(job)
+
     try:
-        for future, result in as_completed(futures, with_results=True):
-            yield futures[future], result
+        fill()
+        for job in done:
+            address, share = jobs.pop(job)
+            busy[address] -= 1
+            try:
+                result = job.result()
+                among = workers(client, among)
+            except (CancelledError, OSError) as error:
+                raise OSError(f"the cluster was lost ({type(error).__name__}: {error}); what was finished is kept, and the same "
+                              "call goes on") from error
+            fill()
+            yield share, result
     finally:
-        client.cancel(list(futures))
+        client.cancel(list(jobs))

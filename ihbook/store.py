@@ -109,14 +109,18 @@ class Store:
     def _spread(self, missing: dict[str, Prepared], client: Client, progress: bool) -> dict[str, Result]:
         names, family, done = list(missing), list(missing.values()), {}
         groups: dict[tuple, list[int]] = defaultdict(list)
-        for i, each in enumerate(family):
-            groups[each.program, each.kinds_of_clamps].append(i)
-        shares = spread.shares(list(groups.values()), [each.config.n_steps for each in family], spread.workers(client))
-        jobs = [(worker, ([family[i].config for i in share], [family[i].bank for i in share if family[i].config.bank.path][:1]))
-                for worker, share in shares]
+        for i, each in sorted(enumerate(family), key=lambda item: -item[1].config.n_steps):
+            groups[each.program, each.kinds_of_clamps, each.bank.digest].append(i)
+        banks = {each.bank.digest: each.bank for each in family if not each.drawn_bank}
+        sent_banks = {digest: client.scatter(bank, broadcast=True) for digest, bank in banks.items()}
+
+        def arguments(share: list[int]) -> tuple:
+            digest = family[share[0]].bank.digest
+            return [family[i].config for i in share], sent_banks.get(digest), digest
+
         with tqdm(total=len(family), desc="runs", disable=not progress, leave=False) as bar:
-            for job, sent in spread.run(client, _elsewhere, jobs):
-                for i, files in zip(shares[job][1], sent, strict=True):
+            for share, sent in spread.run(client, _elsewhere, list(groups.values()), arguments):
+                for i, files in zip(share, sent, strict=True):
                     done[names[i]] = self._receive(family[i], files)
                     bar.update()
         return done
@@ -131,7 +135,7 @@ class Store:
             _verify(partial)
             book = json.loads((partial / "config.json").read_text())
             if (book["version"], book["bank"]["digest"]) != (family.VERSION, each.bank.digest):
-                raise RuntimeError("a worker has another version of ihbook, or other characters; install there what is here")
+                raise RuntimeError("a worker has another version of ihbook; install there what is here")
         return _read(self.root / "runs" / f"{name}-{length}", each.config)
 
     @contextmanager
@@ -247,15 +251,22 @@ def fetch(runs: Sequence[RunConfig], *, device: str | torch.device = "cpu", prog
     return Store().fetch(runs, device=device, progress=progress, executor=executor)
 
 
-def _elsewhere(runs: Sequence[RunConfig], banks: Sequence[Bank]) -> list[dict[str, bytes]]:
-    """On a worker: train runs in a store of its own, and give their folders as bytes. `banks` has one that it can't be sure to
-    find, or none."""
+def _elsewhere(runs: Sequence[RunConfig], bank: Bank | None, digest: str) -> list[dict[str, bytes]]:
+    """On a worker: train runs as one family, on one core or the GPU, and give their stored folders as bytes. `bank` is theirs where
+    the worker can't draw it; `digest` what it must be."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    runs = family.prepare(runs, bank, device)
+    if runs[0].bank.digest != digest:
+        raise RuntimeError("this worker draws other characters than the machine that asks; install the same packages on both")
     with tempfile.TemporaryDirectory() as root:
-        bank, device = (banks[0] if banks else None), "cuda" if torch.cuda.is_available() else "cpu"
-        Store(root).fetch(runs, bank=bank, device=device, progress=False)
-        folders = [Path(root) / "runs" / "{}-{}".format(*key(each)) for each in family.prepare(runs, bank)]
-        return [{path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-                for folder in folders]
+        compiled = sum(each.config.n_steps for each in runs) >= train.COMPILE_FROM
+        results = family.train_family(runs, Path(root) / "training", device, compiled)
+        sent = []
+        for each, result in zip(runs, results, strict=True):
+            Store(root).put(each, result)
+            folder = Path(root) / "runs" / "{}-{}".format(*key(each))
+            sent.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+        return sent
 
 
 def _sha256(path: Path) -> str:

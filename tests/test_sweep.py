@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 
-from ihbook import spread, sweep
+from ihbook import family, spread, store, sweep
 from ihbook.__main__ import main
 from ihbook.clamps import Copy
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
@@ -30,7 +33,7 @@ if wait:
         time.sleep(0.05)
 if x < 0:
     raise ArithmeticError(f"x is {x}")
-verdicts = [claims.judge("final-loss", [x / 100, x / 10 + seed]), claims.judge("plateau", [])]
+verdicts = [claims.judge("final-loss", [x / 100, x / 1000 + seed]), claims.judge("plateau", [])]
 """]
 
 
@@ -84,8 +87,8 @@ GRID = {"x": [1, 4], "seed": [0, 1]}
 
 
 def expected(grid=GRID):
-    return [(x, seed, nth, value, "differs" if (x / 100 + x / 10 + seed) / 2 > 0.03 else "holds")
-            for x in grid["x"] for seed in grid["seed"] for nth, value in enumerate((x / 100, x / 10 + seed))]
+    return [(x, seed, nth, value, "differs" if seed else "holds")
+            for x in grid["x"] for seed in grid["seed"] for nth, value in enumerate((x / 100, x / 1000 + seed))]
 
 
 def rows(table):
@@ -96,6 +99,8 @@ def rows(table):
 def test_a_sweep_gathers_every_number(notebook, tmp_path):
     done = sweep.sweep(notebook, GRID, tmp_path / "out", progress=False)
     assert rows(done.table) == expected() and not done.failed
+    untested = done.table[done.table["claim"] == "plateau"]
+    assert len(untested) == 4 and set(untested["verdict"]) == {"not tested"} and untested["value"].isna().all()
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out/numbers.parquet"), done.table)
     page = done.page.read_text()
     assert "4 of 4 points" in page and 'alt="Against x' in page and page.count("out.ipynb") == 4
@@ -114,7 +119,42 @@ def test_a_failing_point_does_not_stop_the_others(notebook, tmp_path, capsys):
     assert sorted(set(pd.read_parquet(out / "numbers.parquet")["x"])) == [1, 2]
     left = [path for path in out.glob("points/*") if not (path / "numbers.json").exists()]
     assert len(left) == 1 and "x is -1" in (left[0] / "out.ipynb").read_text() and "x is -1" in (out / "index.html").read_text()
-    assert main(["sweep", str(notebook), "-p", "x", "1", "2", "--out", str(out), "--processes", "2"]) == 0
+    assert main(["sweep", str(notebook), "-p", "x", "1", "2", "--out", str(out)]) == 0  # both are finished
+
+
+def test_a_sweep_of_nothing_but_failures(notebook, tmp_path):
+    done = sweep.sweep(notebook, {"x": [-1]}, tmp_path / "out", progress=False)
+    assert len(done.failed) == 1 and done.table.empty and "value" in pd.read_parquet(tmp_path / "out/numbers.parquet")
+    assert "0 of 1 points" in done.page.read_text()
+
+
+def test_values_of_several_kinds_and_places_that_are_relative(notebook, tmp_path, monkeypatch):
+    """None beside numbers and strings; a folder from where the command was given; two colours."""
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        done = sweep.sweep("chapter.ipynb", {"x": [1, 2], "wait": [None, 0, ""], "seed": np.arange(2)}, "out", executor=pool,
+                           progress=False)
+    assert not done.failed and len(rows(done.table)) == 24 and done.page.samefile(tmp_path / "out/index.html")
+    assert sorted(set(done.table["wait"])) == ["", "0", "None"]
+
+
+def test_an_interrupt_keeps_what_is_finished(notebook, tmp_path, monkeypatch):
+    def two(source, waiting, executor):
+        yield waiting[0], sweep.execute(source, waiting[0].parameters)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "_executed", two)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(notebook, GRID, tmp_path / "out", progress=False)
+    assert len(rows(pd.read_parquet(tmp_path / "out/numbers.parquet"))) == 2
+    assert "1 of 4 points" in (tmp_path / "out/index.html").read_text()
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_runs(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_executed", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="choose another folder for out"):
+        sweep.sweep(notebook, GRID, tmp_path / "file", progress=False)
 
 
 def test_processes_give_the_same_table(notebook, tmp_path):
@@ -139,6 +179,7 @@ def test_a_sweep_on_a_cluster_and_a_worker_killed_in_the_middle(notebook, tmp_pa
         if len(list(waiting.iterdir())) == 2:  # both workers have a kernel in the middle of a point
             break
         time.sleep(0.1)
+    assert len(list(waiting.iterdir())) == 2
     workers[0].send_signal(signal.SIGKILL)
     workers[0].wait()
     (waiting / "go").touch()
@@ -171,10 +212,38 @@ def test_runs_on_a_cluster_are_those_trained_here(tmp_path, cluster):
     assert all(a.weights == b.weights for a, b in zip(again, there, strict=True))
 
 
+def test_a_bank_of_ones_own_travels_to_the_workers(tmp_path, cluster, small_bank):
+    runs = seeds(replace(RUN, bank=BankConfig()), 2)  # the config says glyphs: what is given serves in their place
+    with spread.connect(cluster[0]) as client:
+        there = Store(tmp_path / "there").fetch(runs, bank=small_bank, executor=client, progress=False)
+    here = Store(tmp_path / "here").fetch(runs, bank=small_bank, progress=False)
+    for a, b in zip(there, here, strict=True):
+        pd.testing.assert_frame_equal(a.metrics, b.metrics, atol=1e-4, rtol=1e-4)
+
+
+def test_a_worker_killed_while_it_trains(tmp_path, cluster):
+    address, workers, start = cluster
+    runs = seeds(replace(RUN, n_sequences=64_000), 6)
+    with spread.connect(address) as client, ThreadPoolExecutor(1) as thread:
+        job = thread.submit(Store(tmp_path).fetch, runs, executor=client, progress=False)
+        time.sleep(3)
+        assert not job.done()
+        workers[1].send_signal(signal.SIGKILL)
+        results = job.result(timeout=240)
+    assert [r.config for r in results] == runs and not Store(tmp_path).verify()
+    workers[1].wait()
+    workers[1] = start()
+    wait_for(address, 2)
+
+
+def test_a_worker_that_draws_other_characters_says_so():
+    with pytest.raises(RuntimeError, match="other characters"):
+        store._elsewhere([RUN], None, "0" * 64)
+
+
 def test_what_a_worker_sends_is_verified(tmp_path):
-    from ihbook import family, store
     [each] = family.prepare([RUN])
-    [files] = store._elsewhere([RUN], [])
+    [files] = store._elsewhere([RUN], None, each.bank.digest)
     ours = Store(tmp_path)
     with pytest.raises(store.Damaged, match="metrics.parquet is not what was written"):
         ours._receive(each, files | {"metrics.parquet": b"other"})
@@ -190,12 +259,11 @@ def test_what_a_worker_sends_is_verified(tmp_path):
 
 def test_workers_are_sent_what_they_are_made_for():
     small, large, gpu = spread.Worker("a", 1, False), spread.Worker("b", 3, False), spread.Worker("c", 4, True)
-    found = spread.shares([list(range(16))], [100] * 16, [small, large])
-    assert sorted(i for _, share in found for i in share) == list(range(16))
-    assert all(len(share) <= BLOCK["cpu"] for _, share in found)
-    of = {worker: sum(len(share) for w, share in found if w == worker) for worker in (small, large)}
-    assert of == {small: 4, large: 12}
-    assert spread.shares([list(range(100))], [5] * 100, [small, gpu]) == [(gpu, list(range(100)))]
+    take = spread.shares([list(range(700)), [700, 701, 702], []])
+    assert take(small) == [0, 1] and take(large) == [2, 3] and BLOCK["cpu"] == 2
+    assert take(gpu) == list(range(4, 516)) and take(gpu) == list(range(516, 700))  # a family is of one group
+    assert [take(small), take(small), take(small)] == [[700, 701], [702], []]
+    assert [worker.jobs for worker in (small, large, gpu)] == [1, 3, 1]
 
 
 def test_a_scheduler_that_is_not_there_is_a_clear_error(notebook, tmp_path, capsys):
@@ -210,6 +278,8 @@ def test_a_scheduler_that_is_not_there_is_a_clear_error(notebook, tmp_path, caps
     (["-p", "y", "1"], "no parameter 'y'; it has x, seed, profile, wait"), (["-p", "x"], "-p x: give its values once"),
     (["-p", "x", "1", "1"], "none twice"), (["-p", "x", "1", "-p", "x", "2"], "-p x: give its values once"),
     (["-p", "x", "3:3"], "x=[]: give at least one value"), (["-p", "x", "1", "--processes", "0"], "processes=0"),
+    (["-p", "x", "[1, 2]"], "x=[1, 2]: a parameter is a number"),
+    (["-p", "x", "1", "--scheduler", ""], "no Dask scheduler answers at ''"),
 ])
 def test_bad_grids_are_named_before_anything_runs(notebook, tmp_path, capsys, arguments, words):
     with pytest.raises(SystemExit):
@@ -218,13 +288,14 @@ def test_bad_grids_are_named_before_anything_runs(notebook, tmp_path, capsys, ar
 
 
 def test_values_on_the_command_line():
-    found = sweep.grid([["a", "5", "0.5", "quick", "None", "true"], ["seed", "0:3", "7"]])
-    assert found == {"a": [5, 0.5, "quick", None, True], "seed": [0, 1, 2, 7]}
+    found = sweep.grid([["a", "5", "0.5", "quick", "None", "True", "@x", "2024-01-01", "1e6", "010"], ["seed", "0:3", "7"]])
+    assert found == {"a": [5, 0.5, "quick", None, True, "@x", "2024-01-01", 1e6, "010"], "seed": [0, 1, 2, 7]}
+    with pytest.raises(ValueError, match="give a list"):
+        sweep.points(ROOT / "book/02_phase_change.ipynb", {"bank": "glyphs"}, "out")
 
 
 def test_a_notebook_without_claims_is_refused(tmp_path):
     with pytest.raises(ValueError, match="makes no list `verdicts`"):
-        from conftest import ROOT
         sweep.points(ROOT / "book/01_task.ipynb", {"seed": [1]}, tmp_path)
     with pytest.raises(ValueError, match="there is no notebook"):
         sweep.points(tmp_path / "none.ipynb", {}, tmp_path)
@@ -237,4 +308,6 @@ def test_a_change_of_the_notebook_or_the_profile_is_another_point(notebook, tmp_
     notebook.write_text(notebook.read_text().replace("x / 100", "x / 50"))
     [third] = sweep.points(notebook, {"x": [1]}, tmp_path)
     assert len({first.folder, second.folder, third.folder}) == 3
+    [same] = sweep.points(notebook, {"x": [1], "profile": ["quick"]}, tmp_path)
+    assert same.folder == third.folder
     assert first.parameters == {"profile": "paper", "x": 1} and second.parameters == {"profile": "quick", "x": 1}

@@ -214,7 +214,8 @@ def bar_values(values: Sequence[float], names: Sequence[str], limits: tuple[floa
     result = []
     for value in values:
         x = left + width * (min(max(value, low), high) - low) / (high - low)
-        result += [short(min(x, zero), 1), short(abs(x - zero), 1), short(max(x, zero) + 4, 1), f"{value:.{digits}f}"]
+        words = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: not "-0.00"
+        result += [short(min(x, zero), 1), short(abs(x - zero), 1), short(max(x, zero) + 4, 1), words]
     return result
 
 

@@ -223,7 +223,7 @@ def test_a_bank_of_ones_own_travels_to_the_workers(tmp_path, cluster, small_bank
 
 def test_a_worker_killed_while_it_trains(tmp_path, cluster):
     address, workers, start = cluster
-    runs = seeds(replace(RUN, n_sequences=64_000), 6)
+    runs = seeds(replace(RUN, n_sequences=200_000), 6)
     with spread.connect(address) as client, ThreadPoolExecutor(1) as thread:
         job = thread.submit(Store(tmp_path).fetch, runs, executor=client, progress=False)
         time.sleep(3)

@@ -187,7 +187,7 @@ def _omniglot(config: BankConfig):
             if config.embedding == "resnet18":
                 raise
             metadata["why"] += f" and {error}"
-            warnings.warn(f"Omniglot gets random features, not ResNet-18's: {error}", stacklevel=3)
+            warnings.warn(f"Omniglot gets random features, not ResNet-18's: {error}", stacklevel=4)
     features, how = _random_features(images, config.dim, reference=images)
     return features, images, {"embedding": how, **metadata}
 
@@ -297,7 +297,7 @@ def _resnet18_features(pages: np.ndarray, dim: int) -> tuple[torch.Tensor, str]:
             np.savez(file, features=features.numpy())
         partly.replace(cached)
     except OSError as error:
-        warnings.warn(f"{cached} can't be kept ({error}); set IHBOOK_CACHE to a folder that can be", stacklevel=4)
+        warnings.warn(f"{cached} can't be kept ({error}); set IHBOOK_CACHE to a folder that can be", stacklevel=5)
     return features, how
 
 

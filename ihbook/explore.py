@@ -19,7 +19,7 @@ import ipywidgets
 import torch
 from torch import Tensor
 
-from ihbook import compose, data, experiments, family, metrics, plots, toy
+from ihbook import compose, data, experiments, family, metrics, pictures, toy
 from ihbook.banks import load_bank
 from ihbook.clamps import Ablate, Clamp, Copy, Induction, PerfectLayer1, Preserve, PreviousToken
 from ihbook.config import RunConfig
@@ -98,7 +98,7 @@ def _threshold(axes: Axes) -> str:
 
 
 def _colours(n_heads: int) -> list[str]:
-    return [plots.head_colour(h) for h in range(n_heads)]
+    return [pictures.head_colour(h) for h in range(n_heads)]
 
 
 def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
@@ -376,7 +376,7 @@ class WhatIf(ipywidgets.VBox):
 
     def _draw(self) -> None:
         axes = _loss_axes(self.settings.length(self.length))
-        colours = plots.colours(list(self.choices))
+        colours = pictures.colours(list(self.choices))
         lines = "".join(f'<path d="{axes.path(points)}" fill="none" stroke="{colours[name]}" stroke-width="1.8"/>'
                         f'<text x="{axes.LEFT + 8}" y="{axes.HEIGHT - axes.BOTTOM - 8 - 15 * i}" fill="{colours[name]}" '
                         f'class="ih-title">{html.escape(name)}</text>' for i, (name, points) in enumerate(self._curves.items()))

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ihbook import plots
+from ihbook import pictures
 
 Values = list[str]
 
@@ -169,9 +169,9 @@ def patterns(layer: int, n_heads: int, tokens: Sequence[str]) -> str:
         rows = "".join(f'<text x="-.25" y="{i + .68}" text-anchor="end">{token}</text>'
                        f'<text x="{i + .47}" y="{n + .72}" text-anchor="middle">{token}</text>' for i, token in enumerate(tokens))
         figures.append(
-            f'<figure style="opacity:{{}}"><figcaption style="color:{plots.head_colour(head)}">{layer}.{head}</figcaption>'
+            f'<figure style="opacity:{{}}"><figcaption style="color:{pictures.head_colour(head)}">{layer}.{head}</figcaption>'
             f'<svg viewBox="-1.1 -.1 {n + 1.2} {n + 1.1}" role="img" aria-label="Attention of head {layer}.{head}, rows to '
-            f'columns"><g fill="#eef0f2">{under}</g><g fill="{plots.head_colour(head)}">{cells}</g>{rows}</svg></figure>')
+            f'columns"><g fill="#eef0f2">{under}</g><g fill="{pictures.head_colour(head)}">{cells}</g>{rows}</svg></figure>')
     return f'<div class="ih-heads"><h4>Layer {layer + 1}</h4>{"".join(figures)}</div>'
 
 

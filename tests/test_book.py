@@ -164,10 +164,23 @@ def test_a_run_too_short_for_a_phase_change_says_so(tmp_path, store, name):
     ("claims", {"bank": 3}, "bank=3"),
     ("01_task", {"n_labels": "five"}, "n_labels='five'"),
 ])
-def test_bad_parameters_fail_with_the_named_error(tmp_path, store, name, parameters, words):
-    with pytest.raises(papermill.PapermillExecutionError) as error:
-        execute(name, tmp_path, parameters)
+def test_bad_parameters_fail_with_the_named_error(store, name, parameters, words):
+    """In the first cells, which are executed here: nothing has been trained then."""
+    code = [cell for cell in nbformat.read(ROOT / "book" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
+    first = next(i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", ()))
+    names: dict = {}
+    exec(code[first].source, names)
+    assert set(parameters) <= set(names)
+    names |= parameters
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        for cell in code[first + 1:first + 3]:
+            exec(cell.source, names)
     assert words in str(error.value)
+
+
+def test_a_bad_parameter_fails_papermill(tmp_path, store):
+    with pytest.raises(papermill.PapermillExecutionError, match="profile='fast'"):
+        execute("04_wiring", tmp_path, {"profile": "fast"})
 
 
 def test_the_book_builds(built):

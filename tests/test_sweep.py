@@ -271,7 +271,7 @@ def test_a_scheduler_that_is_not_there_is_a_clear_error(notebook, tmp_path, caps
     with pytest.raises(SystemExit) as stopped:
         main(["sweep", str(notebook), "-p", "x", "1", "--out", str(tmp_path / "out"), "--scheduler", "tcp://127.0.0.1:9"])
     assert stopped.value.code == 2 and time.monotonic() - started < 15
-    assert "no Dask scheduler answers at tcp://127.0.0.1:9" in capsys.readouterr().err
+    assert "no Dask scheduler answers at 'tcp://127.0.0.1:9'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -267,7 +267,8 @@ class _SimilarityRow:
         features = F.normalize(acts.batch.exemplars.to(acts.params["unembed.bias"].dtype), dim=-1)
         cosine = (features[:, :, :-1] * features[:, :, -1:]).sum(-1)
         if self.temperature == 0:
-            return _on_labels(F.one_hot(cosine.argmax(2), cosine.shape[2]).to(cosine.dtype))
+            first = cosine.argmax(2, keepdim=True)  # F.one_hot would look into the data, which a compiled program can't
+            return _on_labels((first == torch.arange(cosine.shape[2], device=first.device)).to(cosine.dtype))
         return _on_labels((cosine / self.temperature).softmax(2))
 
 

@@ -6,7 +6,7 @@ Two clamps of a run never write the same entry; the whole program is the same fo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -111,8 +111,23 @@ class Plan:
     @cached_property
     def tensors(self) -> list[Tensor]:
         """All that it holds, each with a run axis."""
-        parts = (t for o in self.overrides.values() for t in (o.where, o.scale, *(c for c, _ in o.terms)))
+        parts = (t for o in self.overrides.values() for t in (o.where, *(c for c, _ in o.terms), o.scale))
         return [*(t for t in parts if t is not None), *(self.donor or {}).values(), *self.frozen.values()]
+
+    @cached_property
+    def form(self) -> tuple:
+        """All but the tensors: plans of one form are one program."""
+        sites = ((site, o.where is None, tuple(source for _, source in o.terms), o.scale is None)
+                 for site, o in self.overrides.items())
+        return (*sites, self.donor is None, *self.frozen)
+
+    def filled(self, tensors: Iterator[Tensor]) -> Plan:
+        """A plan of the same form that holds the next of `tensors`."""
+        overrides = {site: Override(None if o.where is None else next(tensors),
+                                    tuple((next(tensors), source) for _, source in o.terms),
+                                    None if o.scale is None else next(tensors)) for site, o in self.overrides.items()}
+        donor = {name: next(tensors) for name in self.donor} if self.donor else None
+        return Plan(overrides, donor, {name: next(tensors) for name in self.frozen})
 
     def __call__(self, params: Params, batch: Batch, config: ModelConfig, *, query_only: bool = False) -> Activations:
         """A forward pass under these clamps."""
@@ -121,17 +136,24 @@ class Plan:
         return forward(params, batch, config, self.overrides, query_only=query_only, donor=self.donor)
 
 
-def plan(clamps: Sequence[Sequence[Clamp]], config: ModelConfig, n_pairs: int, *, dtype: torch.dtype = torch.float32,
-         device: str | torch.device = "cpu") -> Plan:
+def signature(clamps: Sequence[Clamp], shape: Shape) -> frozenset:
+    """What of a run's clamps a program is made for: the sites that they write, how, and of what. Entries and numbers are data."""
+    return frozenset((w.name, w.layer, w.how, tuple(source for number, source in w.terms if torch.as_tensor(number).any()))
+                     for clamp in clamps for w in clamp.writes(shape))
+
+
+def plan(clamps: Sequence[Sequence[Clamp]], config: ModelConfig, n_pairs: int, *, also: Sequence[Sequence[Clamp]] = (),
+         dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Plan:
     """Compile each run's clamps (no windows: see `active`) into one plan for the family.
 
-    Raises ValueError where a clamp does not fit the network or two of a run's clamps write the same entry.
+    The plan has the form that it would have if there were runs with the clamps in `also` too, so that families of different
+    clamps are one program. Raises ValueError where a clamp does not fit the network or two of a run's clamps write the same entry.
     """
     shape = Shape(config.n_layers, config.n_heads, n_pairs)
-    families = [_compose(run, shape) for run in clamps]
+    families = [_compose(run, shape) for run in (*also, *clamps)]  # terms keep this order, which is part of the form
     overrides = {}
-    for site in dict.fromkeys(site for sites in families for site in sites):
-        overrides[site] = _override(site, families, shape, dtype, device)
+    for site in sorted({site for sites in families for site in sites}, key=str):
+        overrides[site] = _override(site, families, len(also), shape, dtype, device)
     donors, donor, frozen = [next((c for c in run if isinstance(c, Graft)), None) for run in clamps], None, {}
     if any(donors):
         filler = next(graft for graft in donors if graft)
@@ -149,8 +171,8 @@ def _after(name: str, layer: int) -> bool:
     return int(rest.split(".")[0]) > layer if first == "layers" else first in ("final_norm", "unembed")
 
 
-def _override(site: Site, families: list, shape: Shape, dtype: torch.dtype, device: str | torch.device) -> Override:
-    """The writes of all runs at one site, stacked. A run that writes nothing there has an empty mask."""
+def _override(site: Site, families: list, first: int, shape: Shape, dtype: torch.dtype, device: str | torch.device) -> Override:
+    """The writes of all runs at one site, stacked; of these, from `first` on. A run that writes nothing there has an empty mask."""
     name, _ = site
     nothing = shape.zeros(name)
     n_runs = len(families)
@@ -171,12 +193,9 @@ def _override(site: Site, families: list, shape: Shape, dtype: torch.dtype, devi
     def inside(x: Tensor) -> Tensor:
         """Axes for the features and the batch: [run, head, q, k, 1], [run, head, 1, pos, 1], [run, 1, pos, 1], [run, 1, 1]."""
         x = {"attention": x, "head": x.unsqueeze(-2), "stream": x.unsqueeze(-2), "logits": x.unsqueeze(-1)}[KIND[name]]
-        return x.unsqueeze(-1).to(device)
+        return x[first:].unsqueeze(-1).to(device)
 
-    constant = terms.pop(None, None)
-    every = [(inside(coefficient), source) for source, coefficient in terms.items()]
-    if constant is not None and constant.any():
-        every.append((inside(constant), None))
+    every = [(inside(coefficient), source) for source, coefficient in terms.items() if coefficient.any()]
     return Override(inside(where) if where.any() else None, tuple(every), inside(scale) if (scale != 1).any() else None)
 
 

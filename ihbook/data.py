@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -30,6 +31,14 @@ class Batch:
     ids: Tensor
     labels: Tensor
     noise: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.bank, self.ids, self.labels, *([] if self.noise is None else [self.noise])]
+
+    def filled(self, tensors: Iterator[Tensor]) -> Batch:
+        """A batch that holds the next of `tensors` instead."""
+        return Batch(*(next(tensors) for _ in self.tensors))
 
     @property
     def exemplars(self) -> Tensor:

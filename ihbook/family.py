@@ -13,7 +13,8 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from ihbook import compose, data, metrics, step
 from ihbook.banks import Bank, load_bank
-from ihbook.clamps import During, Graft, Shape
+from ihbook.clamps import Clamp, During, Graft, Preserve, Shape
 from ihbook.config import BankConfig, RunConfig
 from ihbook.data import Batch
-from ihbook.model import Params, Weights, initial_weights, load_weights, save_weights, stack
+from ihbook.model import FEW, Params, Weights, initial_weights, load_weights, save_weights, stack
 
 VERSION = 5  # raise it when a change of code changes a run's numbers: what other versions stored is not read
 CHUNK_STEPS = 256  # steps sampled at once; part of what a training stream is, so a change of it changes results
@@ -157,11 +158,19 @@ class Prepared:
         return (run.model, run.task.n_pairs, run.task.n_labels, bool(run.task.noise), self.bank.dim, run.batch_size,
                 run.optimiser, run.lr, run.warmup, run.schedule, length, run.eval_size, tuple(self.evals))
 
+    @cached_property
+    def forms(self) -> dict[frozenset, tuple[Clamp, ...]]:
+        """The clamps that hold at one time or another, by what a compiled program is made for (`compose.signature`)."""
+        run = self.config
+        shape = Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
+        held = [compose.active(run.clamps, at) for at in [0, *compose.edges(run.clamps)]]
+        return {compose.signature(clamps, shape): clamps for clamps in held}
+
     @property
-    def kinds_of_clamps(self) -> tuple[str, ...]:
-        """What a compiled program depends on beside `program`, near enough."""
+    def passes(self) -> frozenset:
+        """`forms` where clamps need a further pass of a network, which other runs should not pay for; else nothing."""
         clamps = (c.clamp if isinstance(c, During) else c for c in self.config.clamps)
-        return tuple(sorted(type(clamp).__name__ for clamp in clamps))
+        return frozenset(self.forms) if any(isinstance(c, (Graft, Preserve)) for c in clamps) else frozenset()
 
     @property
     def drawn_bank(self) -> bool:
@@ -190,13 +199,13 @@ def due(every: int, step: int, batch_size: int) -> bool:
 
 
 def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.device = "cpu", compile: bool = False, *,
-                 stopped: Callable[[], bool] = lambda: False,
+                 also: Sequence[Sequence[Clamp]] = (), stopped: Callable[[], bool] = lambda: False,
                  report: Callable[[int, Tensor | None], None] = lambda run_steps, losses: None) -> list[Result] | None:
     """Train a block of `train.plan_blocks` as one program. `folder` keeps its state and its checkpoints, which results read.
 
-    `stopped` is asked between steps; where it says so, the state is saved and None returned. `report` is told the
-    run-steps done since it was last told, and the step's losses, of the runs that are left. Raises OSError where `folder`
-    can't be written.
+    Its program is made for the clamps in `also` too (`compose.plan`). `stopped` is asked between steps; where it says so,
+    the state is saved and None returned. `report` is told the run-steps done since it was last told, and the step's losses,
+    of the runs that are left. Raises OSError where `folder` can't be written.
     """
     first = family[0].config
     state = _load(folder, family, device)
@@ -206,7 +215,7 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
     n_steps = [each.config.n_steps for each in family]
     report(sum(min(state.step, n) for n in n_steps), None)
     program = step.program(compile, device)
-    schedule = _Schedule(family, device, program)
+    schedule = _Schedule(family, device, program, also)
     saved_at = time.monotonic()
     with _one_thread(device):
         while state.alive:
@@ -238,12 +247,15 @@ def _leave(state: _State, leaving: list[int]) -> None:
 class _Schedule:
     """What a family's steps read: batches, plans and evaluation sets, made when first needed and kept while they last."""
 
-    def __init__(self, family: Sequence[Prepared], device: str | torch.device, program: step.Program):
+    def __init__(self, family: Sequence[Prepared], device: str | torch.device, program: step.Program,
+                 also: Sequence[Sequence[Clamp]] = ()):
         self.family, self.device, self.program = family, device, program
+        self.also = also
         self._chunk: tuple[tuple, list[Batch], list[Tensor]] | None = None
         self._plan: tuple[tuple, compose.Plan] | None = None
         self._evals: dict[str, tuple[list[int], Batch]] = {}
         configs = [each.config for each in family]
+        self.sizes = {batch.bank.shape[1] for each in family for batch in each.evals.values()}
         self.rhythms = {every for c in configs for every in (c.eval_every, c.heads_every, c.checkpoint_every) if every}
         self.edges = sorted({edge for c in configs for edge in compose.edges(c.clamps)})
 
@@ -268,7 +280,7 @@ class _Schedule:
         if runs is None and self._plan is not None and self._plan[0] == key:
             return self._plan[1]
         active = tuple(compose.active(self.family[r].config.clamps, seen) for r in (runs or state.alive))
-        plan = compose.plan(active, first.model, first.task.n_pairs, device=self.device)
+        plan = compose.plan(active, first.model, first.task.n_pairs, also=self.also, device=self.device)
         if runs is None:
             self._plan = (key, plan)
         return plan
@@ -276,8 +288,11 @@ class _Schedule:
     def evals(self, name: str, runs: list[int]) -> Batch:
         """An evaluation set of each of `runs`."""
         if name not in self._evals or self._evals[name][0] != runs:
-            batch = data.concatenate([self.family[r].evals[name] for r in runs]).to(self.device)
-            self._evals[name] = (runs, batch)
+            batch = data.concatenate([self.family[r].evals[name] for r in runs])
+            n = batch.bank.shape[1]
+            most = max([size for size in self.sizes if n <= size <= FEW], default=n)  # for banks of one size, one program
+            batch = replace(batch, bank=torch.nn.functional.pad(batch.bank, (0, 0, 0, most - n)))
+            self._evals[name] = (runs, batch.to(self.device))
         return self._evals[name][1]
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from ihbook.config import ModelConfig
 from ihbook.data import Batch, seeded
 
+FEW = 256  # exemplars that are embedded once each, rather than wherever they stand
 Params = dict[str, Tensor]  # name -> [run, ...]; matrices as [run, out, in]
 Site = tuple[str, int | None]  # an activation's name and its layer (None where it has no layer)
 
@@ -181,7 +182,7 @@ def embed(params: Params, batch: Batch, config: ModelConfig) -> Tensor:
     """Tokens `[run, d_model, pos, batch]`: exemplars and labels interleaved, and absolute positions where chosen."""
     weight, bias = params["exemplar_embed.weight"], params["exemplar_embed.bias"].unsqueeze(-1)
     n_runs, n_batch, n_exemplars = batch.ids.shape
-    if batch.noise is None and batch.bank.shape[1] <= 256 and batch.bank.shape[1] < n_batch * n_exemplars:
+    if batch.noise is None and batch.bank.shape[1] <= FEW and batch.bank.shape[1] < n_batch * n_exemplars:
         # Few exemplars, seen often: embed each once, and pick.
         # A bank that the runs share is one matrix, so that the runs' embeddings are one product.
         bank = batch.bank[0] if len(batch.bank) == 1 else batch.bank

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ihbook.train import BLOCK
+from ihbook.train import BLOCK, PLAIN_BLOCK
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -32,7 +32,7 @@ class Worker:
     @property
     def family(self) -> int:
         """The most runs that are sent to it as one family."""
-        return BLOCK["cuda" if self.gpu else "cpu"]
+        return BLOCK["cuda"] if self.gpu else PLAIN_BLOCK
 
 
 def connect(address: str, seconds: float = 5.0) -> Client:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -67,45 +68,70 @@ def scalars_of(rates: Sequence[float], steps: Sequence[int], device: str | torch
 
 
 def _compiling(plain: Callable, on_cpu: bool) -> Callable:
-    """`plain`, compiled at its first call, for families of any size; where that fails, one warning, and `plain` itself."""
-    function = torch.compile(plain, fullgraph=True, options={"size_asserts": False, "cpp_wrapper": on_cpu})
-    plan, seen = None, set()  # what it was last called with, and how large the tensors were
+    """`plain`, compiled for every new form and size of its arguments at the first call with them; where that fails, one warning,
+    and `plain` itself.
 
-    def mark(tensors: Iterable[Tensor]) -> None:
-        for tensor in tensors:
-            if tensor.shape[0] > 1 and not hasattr(tensor, "_dynamo_weak_dynamic_indices"):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    The arguments are traced as a flat list of tensors, and the program is called with such a list: a step is so short that
+    PyTorch's own way of finding the program for nested arguments would take a seventh of it.
+    """
+    programs: dict[tuple, Callable | None] = {}
+    plan, sizes, program = None, None, None  # what it was last called with
 
-    def call(params: Params, *args) -> dict[str, Tensor] | Tensor:
-        nonlocal function, plan, seen
+    def call(*args) -> dict[str, Tensor] | Tensor:
+        nonlocal plan, sizes, program
+        tensors = _tensors(args)
         batch, current = (next(arg for arg in args if isinstance(arg, kind)) for kind in (Batch, Plan))
-        if current is not plan:
-            plan, seen = current, set()
-        key = len(params["unembed.bias"]), batch.bank.shape, batch.ids.shape
-        if key in seen:  # the guards held for these sizes and this plan: to check them again costs as much as some products
-            try:
-                with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-                    return function(params, *args)
-            except RuntimeError as error:  # raised before anything has run
-                if "skip_guard_eval_unsafe" not in str(error):
-                    raise
-                seen = set()
-        mark([*params.values(), batch.ids, batch.labels, batch.bank, *current.tensors])
-        mark(m for moments in args if isinstance(moments, dict) for kind in moments.values() for m in kind.values())
-        mark([] if batch.noise is None else [batch.noise])
-        torch._dynamo.maybe_mark_dynamic(batch.bank, 1)
-        try:
-            result = function(params, *args)
-        except torch._dynamo.exc.TorchDynamoException as error:  # raised before anything has run
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
-            function, seen = plain, set()
-            return plain(params, *args)
-        if function is not plain:
-            seen.add(key)
-        return result
+        if current is not plan or sizes != (batch.bank.shape, batch.ids.shape):
+            plan, sizes = current, (batch.bank.shape, batch.ids.shape)
+            configs = tuple(arg for arg in args if isinstance(arg, ModelConfig))
+            key = configs, plan.form, tuple((t.shape, t.dtype) for t in tensors)
+            if key not in programs:
+                programs[key] = _compiled(plain, args, tensors, on_cpu)
+            program = programs[key]
+        return plain(*args) if program is None else program(*tensors)
 
     return call
+
+
+def _compiled(plain: Callable, args: tuple, tensors: list[Tensor], on_cpu: bool) -> Callable | None:
+    """A function of the tensors in `args` alone; None, with a warning, where it can't be compiled. Nothing is run."""
+    import torch._inductor
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def flat(*values: Tensor) -> dict[str, Tensor] | Tensor:
+        tensors = iter(values)
+        return plain(*(_filled(arg, tensors) for arg in args))
+
+    try:
+        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        return torch._inductor.compile(graph, tensors, options={"size_asserts": False, "cpp_wrapper": on_cpu})
+    except Exception as error:  # whatever it is, the plain step says it again, or does without
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
+        return None
+
+
+def _tensors(args: tuple) -> list[Tensor]:
+    """The tensors in a step's arguments, in one order."""
+    found = []
+    for arg in args:
+        if isinstance(arg, Tensor):
+            found.append(arg)
+        elif isinstance(arg, dict):
+            for each in arg.values():
+                found += each.values() if isinstance(each, dict) else [each]
+        elif isinstance(arg, (Batch, Plan)):
+            found += arg.tensors
+    return found
+
+
+def _filled(arg: object, tensors: Iterator[Tensor]) -> object:
+    """An argument of a step with other tensors, in the order of `_tensors`."""
+    if isinstance(arg, dict):
+        return {key: _filled(each, tensors) for key, each in arg.items()}
+    if isinstance(arg, Tensor):
+        return next(tensors)
+    return arg.filled(tensors) if isinstance(arg, (Batch, Plan)) else arg
 
 
 PLAIN = Program(train_step, metrics.summed, compiled=False)
@@ -120,7 +146,12 @@ def program(compile: bool, device: str | torch.device) -> Program:
         warnings.warn("there is no C++ compiler, so training is not compiled, and takes two to four times as long; install g++ "
                       "or clang to change that", stacklevel=2)
         return PLAIN
-    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)  # a program a kind of family
+    return _compiled_program(on_cpu)
+
+
+@cache
+def _compiled_program(on_cpu: bool) -> Program:
+    """One for all families of a process, so that none compiles what another has."""
     return Program(_compiling(train_step, on_cpu), _compiling(metrics.summed, on_cpu), compiled=True)
 
 

@@ -91,15 +91,15 @@ class Store:
                 for name, each in missing.items():
                     found[name] = self.get(each)  # another process may have trained it while this one waited
                 rest = {name: each for name, each in missing.items() if found[name] is None}
-                found |= (self._train(rest, device, compile, progress) if executor is None
+                found |= (self._train(rest, prepared, device, compile, progress) if executor is None
                           else self._spread(rest, executor, progress))
         return [replace(found[name], config=run) for name, run in zip(names, runs, strict=True)]
 
-    def _train(self, missing: dict[str, Prepared], device: str | torch.device, compile: bool | None,
+    def _train(self, missing: dict[str, Prepared], asked: list[Prepared], device: str | torch.device, compile: bool | None,
                progress: bool) -> dict[str, Result]:
         names, done = list(missing), {}
         directory = self.root / "training"
-        blocks = train.plan_blocks(list(missing.values()), directory, device, compile)
+        blocks = train.plan_blocks(list(missing.values()), directory, device, compile, asked)
         for block, results in train.train_blocks(blocks, directory, device, progress):
             for i, each, result in zip(block.places, block.family, results, strict=True):
                 done[names[i]] = self.put(each, result)
@@ -110,7 +110,7 @@ class Store:
         names, family, done = list(missing), list(missing.values()), {}
         groups: dict[tuple, list[int]] = defaultdict(list)
         for i, each in sorted(enumerate(family), key=lambda item: -item[1].config.n_steps):
-            groups[each.program, each.kinds_of_clamps, each.bank.digest].append(i)
+            groups[each.program, frozenset(each.forms), each.bank.digest].append(i)
         banks = {each.bank.digest: each.bank for each in family if not each.drawn_bank}
         sent_banks = {digest: client.scatter(bank, broadcast=True) for digest, bank in banks.items()}
 

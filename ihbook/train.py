@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,22 +29,25 @@ from tqdm import tqdm
 
 from ihbook import family as families
 from ihbook.banks import Bank
+from ihbook.clamps import Clamp
 from ihbook.config import RunConfig
 from ihbook.family import Prepared, Result, prepare
 
-BLOCK = {"cpu": 2, "cuda": 512}  # runs in one compiled program: on a CPU, as many as a core's second-level cache holds
+BLOCK = {"cpu": 1, "cuda": 512}  # runs in one compiled program: on a CPU, whose caches hold no more, others gain it nothing
 PLAIN_BLOCK = 8  # runs in one program that is not compiled, where more of them share the cost of calling each operation
-COMPILE_FROM = 31_000  # run-steps of one program: compiling takes up to a minute, and saves about a millisecond at each
+COMPILE_FROM = 31_000  # run-steps of one program: compiling takes half a minute, and saves about a millisecond at each
+COMPILING = 40_000  # run-steps that a core trains in the time in which it compiles a program
 SHARE_FROM = 6_000  # run-steps in all: a process takes some seconds to start
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Runs that train as one program, compiled or not, and their places among those asked for."""
+    """Runs that train as one program, compiled or not, and their places among those asked for. `also`: see `train_family`."""
 
     family: list[Prepared]
     places: list[int]
     compile: bool
+    also: tuple[tuple[Clamp, ...], ...] = ()
 
     @property
     def run_steps(self) -> int:
@@ -76,15 +80,19 @@ def train(runs: Sequence[RunConfig], *, bank: Bank | None = None, directory: str
 
 
 def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | torch.device = "cpu",
-                compile: bool | None = None) -> list[Block]:
+                compile: bool | None = None, asked: Sequence[Prepared] = ()) -> list[Block]:
     """Which runs train as one program: those that a stopped call left in `directory` as it had them, and of the others,
     blocks of runs that can, of like length, the longest first; compiled where it pays, or as `compile` says.
 
-    On a CPU blocks are small, no core is left without one, and in those that are compiled all have the same kinds of clamps:
-    each other mixture would be compiled anew. Blocks that share a compiled program come one after the other.
+    On a CPU blocks are small, and no core is left without one. One compiled program serves all clamps that runs with one
+    `program` have among `asked` (default: `prepared`), but for those that need further passes. Blocks of one program, and of
+    one task, come one after the other.
     """
+    forms: dict[tuple, dict[frozenset, tuple]] = defaultdict(dict)
+    for each in asked or prepared:
+        forms[each.program, each.passes] |= each.forms
     waiting = dict(enumerate(prepared))
-    blocks = list(_stopped(waiting, directory, compile))
+    stopped = list(_stopped(waiting, directory, compile))
     work: dict[tuple, int] = defaultdict(int)
     for each in waiting.values():
         work[each.program] += each.config.n_steps
@@ -92,24 +100,27 @@ def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | tor
     kind = torch.device(device).type
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, each in waiting.items():
-        groups[each.program, each.kinds_of_clamps if kind == "cpu" and compiled[each.program] else None].append(i)
+        apart = (each.passes, each.config.task, each.bank.digest) if kind == "cpu" and compiled[each.program] else ()
+        groups[each.program, *apart].append(i)
     size = {program: PLAIN_BLOCK if kind == "cpu" and not compiled[program] else BLOCK[kind] for program in work}
-    n_blocks = len(blocks) + sum(-(-len(members) // size[program]) for (program, _), members in groups.items())
-    for (program, _), members in groups.items():
+    n_blocks = len(stopped) + sum(-(-len(members) // size[program]) for (program, *_), members in groups.items())
+    planned = []
+    for (program, *_), members in groups.items():
         members.sort(key=lambda i: -prepared[i].config.n_steps)
         n = -(-len(members) // size[program])
         if kind == "cpu" and work[program] >= SHARE_FROM and (n_blocks < n_cores() or not compiled[program]):
-            cores = min(len(members), n_cores())  # an equal share each; but what is compiled is not compiled twice for that
+            cores = min(len(members), n_cores())  # an equal share each
             n = -(-n // cores) * cores
         even = -(-len(members) // n)
-        for start in range(0, len(members), even):
-            places = members[start:start + even]
-            blocks.append(Block([prepared[i] for i in places], places, compiled[program]))
-    return blocks
+        planned += [(members[start:start + even], compiled[program]) for start in range(0, len(members), even)]
+    blocks = [Block([prepared[i] for i in places], places, compile) for places, compile in [*stopped, *planned]]
+    return [replace(block, also=tuple(forms[block.family[0].program, block.family[0].passes].values())) if block.compile else block
+            for block in blocks]
 
 
-def _stopped(waiting: dict[int, Prepared], directory: Path, compile: bool | None) -> Iterator[Block]:
-    """The blocks that a stopped call announced in `directory`, all of whose runs are `waiting`, where they are taken out."""
+def _stopped(waiting: dict[int, Prepared], directory: Path, compile: bool | None) -> Iterator[tuple[list[int], bool]]:
+    """The places of the blocks that a stopped call announced in `directory`, all of whose runs are `waiting`, where they are
+    taken out; and whether they are compiled."""
     for path in sorted(directory.glob("*/family.json")):
         try:
             book = json.loads(path.read_text())
@@ -119,11 +130,11 @@ def _stopped(waiting: dict[int, Prepared], directory: Path, compile: bool | None
         places: list[int] = []
         for digest in wanted:
             places += [i for i, each in waiting.items() if each.digest == digest and i not in places][:1]
-        block = Block([waiting[i] for i in places], places, was_compiled if compile is None else compile)
+        block = Block([waiting[i] for i in places], places, was_compiled)
         if places and len(places) == len(wanted) and block.folder(directory) == path.parent:
             for i in places:
                 del waiting[i]
-            yield block
+            yield places, was_compiled if compile is None else compile
 
 
 def n_cores() -> int:
@@ -181,7 +192,7 @@ def _in_turn(blocks: Sequence[Block], directory: Path, device: str | torch.devic
         return
     for block in blocks:
         if not stopped() and families.train_family(block.family, block.folder(directory), device, block.compile, stopped=stopped,
-                                                   report=_range(report)) is not None:
+                                                   also=block.also, report=_range(report)) is not None:
             yield block
 
 
@@ -199,7 +210,7 @@ def _range(report: Callable) -> Callable[[int, Tensor | None], None]:
 def _in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped: Callable[[], bool],
                   report: Callable) -> Iterator[Block]:
     """Share the blocks among `n` processes, each keeping its compiled programs from block to block."""
-    shares = _shares(_work(blocks), n)
+    shares = _shares(blocks, n)
     messages: queue.Queue = queue.Queue()
     with ExitStack() as stack:
         processes = [stack.enter_context(_process([(i, blocks[i]) for i in share], directory, messages))
@@ -223,21 +234,26 @@ def _in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped: Cal
                 running -= 1
 
 
-def _work(blocks: Sequence[Block]) -> list[int]:
-    """What each block costs, in run-steps: also to compile, where it is not the program of the block before."""
-    programs = [(block.family[0].program, block.family[0].kinds_of_clamps) for block in blocks]
-    return [block.run_steps + COMPILE_FROM * (block.compile and program != before)
-            for block, program, before in zip(blocks, programs, [None, *programs], strict=False)]
+def _shares(blocks: Sequence[Block], n: int) -> list[list[int]]:
+    """Indices of `blocks` in at most `n` stretches, the longest of them as short as can be. Neighbours may have a compiled program
+    in common, which every stretch compiles once."""
 
+    def stretches(limit: int) -> list[list[int]]:
+        shares, work, programs = [[]], 0, set()
+        for i, block in enumerate(blocks):
+            first = block.family[0]
+            program = (first.program, first.passes, first.config.task) if block.compile else None
+            cost = block.run_steps + COMPILING * (program not in {None, *programs})
+            if shares[-1] and work + cost > limit:
+                shares.append([])
+                work, programs, cost = 0, set(), block.run_steps + COMPILING * block.compile
+            shares[-1].append(i)
+            work += cost
+            programs.add(program)
+        return shares
 
-def _shares(work: Sequence[int], n: int) -> list[list[int]]:
-    """Indices of `work` in `n` stretches of about equal sums: neighbours may have a compiled program in common."""
-    shares: list[list[int]] = [[] for _ in range(n)]
-    total, done = sum(work), 0
-    for i, each in enumerate(work):
-        shares[int((done + each / 2) * n / total)].append(i)
-        done += each
-    return shares
+    longest = sum(block.run_steps + COMPILING for block in blocks)
+    return stretches(bisect_left(range(longest), True, key=lambda limit: len(stretches(limit)) <= n))
 
 
 @contextmanager
@@ -314,8 +330,8 @@ def _main() -> None:
 
     for i, block in share:
         try:
-            if families.train_family(block.family, block.folder(directory), "cpu", block.compile, stopped=closed.is_set,
-                                     report=_range(report)) is None:
+            if families.train_family(block.family, block.folder(directory), "cpu", block.compile, also=block.also,
+                                     stopped=closed.is_set, report=_range(report)) is None:
                 return
         except (OSError, ValueError) as error:
             say("failed", error)

@@ -1,5 +1,7 @@
 """Parity with the authors' implementation, case by case, on fixed weights and batches."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -88,11 +90,13 @@ def test_25_training_steps(grouping, record, networks):
 
 @pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
 def test_25_training_steps_compiled(record, networks):
-    """The same, compiled: all the clamps in one program, and a family of another size without compiling anew."""
+    """The same, compiled: all the clamps in one program."""
     cases = clamps(networks[1])
     run = RunConfig(model=ModelConfig(), lr=1e-3)
     program = step.program(True, "cpu")
-    check_25_steps(program.train, list(cases), cases, run, record, networks[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a clamp that can't be compiled warns, and is trained by the plain step
+        check_25_steps(program.train, list(cases), cases, run, record, networks[0])
 
 
 def check_25_steps(train_step, names, cases, run, record, weights):

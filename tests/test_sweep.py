@@ -21,7 +21,7 @@ from ihbook.__main__ import main
 from ihbook.clamps import Copy
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.store import Store
-from ihbook.train import BLOCK, seeds
+from ihbook.train import PLAIN_BLOCK, seeds
 
 CELLS = ["x = 1\nseed = 0\nprofile = None\nwait = None", """\
 import os, time
@@ -260,9 +260,9 @@ def test_what_a_worker_sends_is_verified(tmp_path):
 def test_workers_are_sent_what_they_are_made_for():
     small, large, gpu = spread.Worker("a", 1, False), spread.Worker("b", 3, False), spread.Worker("c", 4, True)
     take = spread.shares([list(range(700)), [700, 701, 702], []])
-    assert take(small) == [0, 1] and take(large) == [2, 3] and BLOCK["cpu"] == 2
-    assert take(gpu) == list(range(4, 516)) and take(gpu) == list(range(516, 700))  # a family is of one group
-    assert [take(small), take(small), take(small)] == [[700, 701], [702], []]
+    assert take(small) == list(range(8)) and take(large) == list(range(8, 16)) and PLAIN_BLOCK == 8
+    assert take(gpu) == list(range(16, 528)) and take(gpu) == list(range(528, 700))  # a family is of one group
+    assert [take(small), take(small)] == [[700, 701, 702], []]
     assert [worker.jobs for worker in (small, large, gpu)] == [1, 3, 1]
 
 

@@ -154,14 +154,15 @@ def plan(clamps: Sequence[Sequence[Clamp]], config: ModelConfig, n_pairs: int, *
     overrides = {}
     for site in sorted({site for sites in families for site in sites}, key=str):
         overrides[site] = _override(site, families, len(also), shape, dtype, device)
-    donors, donor, frozen = [next((c for c in run if isinstance(c, Graft)), None) for run in clamps], None, {}
+    donors = [next((c for c in run if isinstance(c, Graft)), None) for run in (*also, *clamps)]
+    donor, frozen = None, {}
     if any(donors):
         filler = next(graft for graft in donors if graft)
-        donor = {name: p.to(dtype) for name, p in stack([(g or filler).donor for g in donors], device).items()}
+        donor = {name: p.to(dtype) for name, p in stack([(g or filler).donor for g in donors[len(also):]], device).items()}
         for name in donor:
             mask = torch.tensor([g is not None and g.part == "above" and _after(name, g.after_layer) for g in donors])
             if mask.any():
-                frozen[name] = mask.to(device).view(-1, *[1] * (donor[name].ndim - 1))
+                frozen[name] = mask[len(also):].to(device).view(-1, *[1] * (donor[name].ndim - 1))
     return Plan(overrides, donor, frozen)
 
 

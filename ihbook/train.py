@@ -100,7 +100,7 @@ def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | tor
     kind = torch.device(device).type
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, each in waiting.items():
-        apart = (each.passes, each.config.task, each.bank.digest) if kind == "cpu" and compiled[each.program] else ()
+        apart = (each.passes, *((each.config.task, each.bank.digest) if kind == "cpu" else ())) if compiled[each.program] else ()
         groups[each.program, *apart].append(i)
     size = {program: PLAIN_BLOCK if kind == "cpu" and not compiled[program] else BLOCK[kind] for program in work}
     n_blocks = len(stopped) + sum(-(-len(members) // size[program]) for (program, *_), members in groups.items())

@@ -136,6 +136,28 @@ def test_a_family_of_different_clamps_equals_each_alone(networks, batch):
         torch.testing.assert_close(together["pattern", 1][i], alone["pattern", 1][0], atol=2e-6, rtol=1e-5)
 
 
+def test_a_program_made_for_all_clamps_gives_each_what_its_own_gives(networks, batch):
+    """Activations and gradients: what a run does not clamp it has an empty mask for. And it is one program, whatever the run."""
+    cases = list(golden_clamps(networks[1]).values())
+    params, config = stack([networks[0]]), networks[0].config
+
+    def both(plan):
+        def total(p):
+            acts = plan(p, batch, config, query_only=True)
+            return cross_entropy(acts.logits, batch).sum(), acts.logits
+
+        return torch.func.grad(total, has_aux=True)(params)
+
+    plans = [compose.plan([chosen], config, 2, also=cases) for chosen in cases]
+    assert len({plan.form for plan in plans}) == 1
+    assert len({compose.plan([chosen], config, 2).form for chosen in cases}) > 10
+    for chosen, plan in zip(cases, plans, strict=True):
+        (gradients, logits), (own_gradients, own_logits) = both(plan), both(compose.plan([chosen], config, 2))
+        torch.testing.assert_close(logits, own_logits, atol=2e-6, rtol=1e-5)
+        for name, g in own_gradients.items():
+            torch.testing.assert_close(gradients[name], g, atol=2e-6, rtol=1e-4, msg=f"{chosen}: {name}")
+
+
 # What each clamp sets, read off the activations.
 
 def test_patterns_that_clamps_set(networks, batch):

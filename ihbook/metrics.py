@@ -64,7 +64,8 @@ def summed(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan
     """Sums over a batch's sequences of `query_metrics`, `[run]`, and of each head's `strength` and `previous_token`,
     `[run, layer, head]` (no `previous_token` of the last layer), under `plan`."""
     acts = plan(params, batch, config, query_only=True)
-    patterns = [acts["pattern", i] for i in range(config.n_layers)]
+    batch = batch.expand(len(acts.logits))
+    patterns = [acts["pattern", i].expand(len(acts.logits), -1, -1, -1, -1) for i in range(config.n_layers)]
     values = query_metrics(acts.logits, batch)
     values["strength"] = torch.stack([induction_strength(p, batch) for p in patterns], 2)
     if len(patterns) > 1:
@@ -92,12 +93,12 @@ def measure(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence
             chunk: int = CHUNK) -> dict[str, Tensor]:
     """`evaluate` for finished networks: one network under each list of clamps, or each network under its own.
 
-    `batch` is of one run and serves all; `chunk` sequences are computed at once, over all networks. Raises ValueError where
-    the numbers of networks and clamps do not match.
+    `batch` is of one run and serves all; `chunk` sequences are computed at once, over all networks, of which those that are
+    the same until a clamp differs count half. Raises ValueError where the numbers of networks and clamps do not match.
     """
-    found = [evaluate(params, batch.expand(n), config, plan, chunk=max(1, chunk // n))
-             for params, config, plan, n in _clamped(weights, batch, clamps)]
-    return {name: torch.cat([each[name] for each in found]) for name in found[0]}
+    found = [(evaluate(params, every, config, plan, chunk=max(1, 2 * chunk // (len(every.ids) + n))), n)
+             for params, every, config, plan, n in _clamped(weights, batch, clamps)]
+    return {name: torch.cat([each[name].expand(n, *each[name].shape[1:]) for each, n in found]) for name in found[0][0]}
 
 
 @torch.no_grad()
@@ -106,13 +107,13 @@ def correct(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence
     """Whether each network answers each sequence right, bool `[run, batch]`; networks and clamps as in `measure` (Table 2)."""
     return torch.cat([
         torch.cat([plan(params, part, config, query_only=True).logits.argmax(2) == part.targets
-                   for part in batch.expand(n).split(max(1, chunk // n))], 1)
-        for params, config, plan, n in _clamped(weights, batch, clamps)])
+                   for part in every.split(max(1, 2 * chunk // (len(every.ids) + n)))], 1).expand(n, -1)
+        for params, every, config, plan, n in _clamped(weights, batch, clamps)])
 
 
 def gradients(weights: Weights, batch: Batch, clamps: Sequence = ()) -> Params:
     """The gradient of the mean loss of one network's sequences with respect to each weight, under clamps; no run axis."""
-    [(params, config, plan, _)] = _clamped(weights, batch, [clamps])
+    [(params, batch, config, plan, _)] = _clamped(weights, batch, [clamps])
     found = torch.func.grad(lambda p: cross_entropy(plan(p, batch, config, query_only=True).logits, batch).sum())(params)
     return {name: g[0] for name, g in found.items()}
 
@@ -132,8 +133,12 @@ def composition_scores(weights: Weights, part: str, layer: int = 1) -> Tensor:
 
 
 def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
-             clamps: Sequence[Sequence]) -> Iterator[tuple[Params, ModelConfig, compose.Plan, int]]:
-    """Finished networks, each under its clamps, `TOGETHER` of them as one program; and how many these are."""
+             clamps: Sequence[Sequence]) -> Iterator[tuple[Params, Batch, ModelConfig, compose.Plan, int]]:
+    """Finished networks, each under its clamps, `TOGETHER` of them as one program: parameters, sequences, how many these are.
+
+    One network under many clamps has a run axis of 1, which becomes as long as the clamps only where they differ: what comes
+    before is computed once for all of them.
+    """
     networks = [weights] * len(clamps) if isinstance(weights, Weights) else list(weights)
     lists = list(clamps) * len(networks) if len(clamps) == 1 else list(clamps)
     if len(networks) != len(lists):
@@ -145,7 +150,9 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
     for i in range(0, len(lists), TOGETHER):
         some = [compose.active(each, math.inf) for each in lists[i:i + TOGETHER]]
         plan = compose.plan(some, config, n_pairs, dtype=networks[0].tensors["unembed.bias"].dtype)
-        yield stack(networks[i:i + TOGETHER]), config, plan, len(some)
+        shared = isinstance(weights, Weights) and plan.donor is None
+        params = stack([weights] if shared else networks[i:i + TOGETHER])
+        yield params, batch.expand(len(params["unembed.bias"])), config, plan, len(some)
 
 
 def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[int, int], ...]:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from cases import clamps as golden_clamps
 from conftest import shared
 
 from ihbook import claims, clamps, metrics
@@ -54,6 +55,19 @@ def test_chunks_do_not_change_a_mean(networks, batch):
     whole, parts = (metrics.measure(networks[0], batch, chunk=chunk) for chunk in (64, 7))
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], atol=1e-6, rtol=1e-6, equal_nan=True)
+
+
+def test_one_network_under_many_clamps_is_computed_once_where_they_agree(networks, batch):
+    """Every case, together, where what comes before the first difference is shared, and as networks of their own."""
+    lists = list(golden_clamps(networks[1]).values())
+    for some in (lists, lists[:1] * 3):  # also where nothing differs at all
+        shared, own = metrics.measure(networks[0], batch, some), metrics.measure([networks[0]] * len(some), batch, some)
+        for name, value in own.items():
+            assert shared[name].shape == value.shape and len(value) == len(some)
+            torch.testing.assert_close(shared[name], value, atol=1e-6, rtol=1e-5, equal_nan=True)
+        right = metrics.correct(networks[0], batch, some)
+        assert right.shape == (len(some), len(batch))
+        torch.testing.assert_close(right.double().mean(1), own["accuracy"], check_dtype=False)
 
 
 def test_measure_pairs_networks_with_clamps(networks, batch):

@@ -403,7 +403,7 @@ def _load(folder: Path, family: Sequence[Prepared], device: str | torch.device) 
         with safe_open(path, framework="pt") as file:
             step, alive = int(file.metadata()["step"]), json.loads(file.metadata()["alive"])
             parts: dict[str, Params] = defaultdict(dict)
-            for key in set(file.keys()) - {"none"}:
+            for key in sorted(set(file.keys()) - {"none"}):
                 part, name = key.split("/", 1)
                 # A copy lies where tensors lie: kernels may round otherwise at another alignment.
                 parts[part][name] = file.get_tensor(key).clone().to("cpu" if part == "tables" else device)

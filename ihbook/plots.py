@@ -47,7 +47,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, ga
 
 def table(rows: pd.DataFrame, digits: int = 3, *, index: bool = True) -> pd.io.formats.style.Styler:
     """A table as the book sets it: numbers to so many digits and to the right, words to the left, "differs" in bold."""
-    styler = rows.style.format(precision=digits, thousands=",").set_table_attributes('class="dataframe"')
+    styler = rows.style.format(precision=digits, thousands=",", na_rep="–").set_table_attributes('class="dataframe"')
     words = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
     styler = styler.set_properties(**{"text-align": "right"}).set_properties(subset=words, **{"text-align": "left"})
     styler = styler.map(lambda word: "font-weight: 700; color: #a44a00" if word == "differs" else "", subset=words)

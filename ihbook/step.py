@@ -75,16 +75,17 @@ def _compiling(plain: Callable, on_cpu: bool) -> Callable:
     PyTorch's own way of finding the program for nested arguments would take a seventh of it.
     """
     programs: dict[tuple, Callable | None] = {}
-    plan, sizes, program = None, None, None  # what it was last called with
+    plan, form, program = None, None, None  # what it was last called with
 
     def call(*args) -> dict[str, Tensor] | Tensor:
-        nonlocal plan, sizes, program
+        nonlocal plan, form, program
         tensors = _tensors(args)
         batch, current = (next(arg for arg in args if isinstance(arg, kind)) for kind in (Batch, Plan))
-        if current is not plan or sizes != (batch.bank.shape, batch.ids.shape):
-            plan, sizes = current, (batch.bank.shape, batch.ids.shape)
+        now = batch.bank.shape, batch.ids.shape, _names(args)
+        if current is not plan or form != now:
+            plan, form = current, now
             configs = tuple(arg for arg in args if isinstance(arg, ModelConfig))
-            key = configs, plan.form, tuple((t.shape, t.dtype) for t in tensors)
+            key = configs, plan.form, tuple(form[2]), tuple((t.shape, t.dtype) for t in tensors)
             if key not in programs:
                 programs[key] = _compiled(plain, args, tensors, on_cpu)
             program = programs[key]
@@ -123,6 +124,12 @@ def _tensors(args: tuple) -> list[Tensor]:
         elif isinstance(arg, (Batch, Plan)):
             found += arg.tensors
     return found
+
+
+def _names(args: tuple) -> list[tuple[str, ...]]:
+    """What the tensors of `_tensors` are, as far as it is a matter of names: a flat list does not say which moment is which."""
+    dicts = [arg for arg in args if isinstance(arg, dict)]
+    return [tuple(each) for arg in dicts for each in (arg, *arg.values()) if isinstance(each, dict)]
 
 
 def _filled(arg: object, tensors: Iterator[Tensor]) -> object:

@@ -573,6 +573,27 @@ def test_a_compiled_program_serves_families_of_other_sizes_and_plans(small_bank)
             torch.testing.assert_close(b.weights.tensors[name], tensor, atol=2e-4, rtol=1e-3)
 
 
+def test_a_compiled_program_is_for_arguments_in_one_order(small_bank, tmp_path, monkeypatch):
+    """It is called with a flat list, in which one moment could be taken for the other; a saved state keeps the order."""
+    made = []
+    monkeypatch.setattr(step, "_compiled", lambda plain, args, tensors, on_cpu: made.append(tensors) or (lambda *values: values))
+    [each] = t.prepare([RUN], small_bank)
+    params = t.stack([each.weights])
+    state = t._State(0, [0], params, step.moments_of(params, RUN))
+    schedule = t._Schedule([each], "cpu", step.PLAIN)
+    (batch, scalars), plan = schedule.batch(state), schedule.plan(state)
+    call = step._compiling(step.train_step, True)
+    turned = {kind: state.moments[kind] for kind in ("exp_avg_sq", "exp_avg")}
+    inside = {kind: dict(reversed(moments.items())) for kind, moments in state.moments.items()}
+    for moments in (state.moments, turned, inside, state.moments):
+        call(params, moments, batch, plan, RUN.model, scalars)
+    call(dict(reversed(params.items())), state.moments, batch, plan, RUN.model, scalars)
+    assert len(made) == 4
+    t._save(tmp_path, state)
+    loaded = t._load(tmp_path, [each], "cpu")
+    assert step._names((loaded.params, loaded.moments)) == step._names((params, state.moments))
+
+
 @pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
 def test_what_cannot_be_compiled_is_trained_all_the_same(small_bank):
     run = replace(RUN, clamps=(Untraceable(),), n_sequences=320)

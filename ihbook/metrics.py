@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ihbook import compose
-from ihbook.clamps import Shape
+from ihbook.clamps import CATALOGUE, Shape
 from ihbook.config import ModelConfig, one_of
 from ihbook.data import Batch
 from ihbook.model import Params, Weights, stack
@@ -137,7 +137,7 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
     """Finished networks, each under its clamps, `TOGETHER` of them as one program: parameters, sequences, how many these are.
 
     One network under many clamps has a run axis of 1, which becomes as long as the clamps only where they differ: what comes
-    before is computed once for all of them.
+    before is computed once for all of them. Not so under a reader's own clamps, whose sources may count on one length.
     """
     networks = [weights] * len(clamps) if isinstance(weights, Weights) else list(weights)
     lists = list(clamps) * len(networks) if len(clamps) == 1 else list(clamps)
@@ -150,7 +150,8 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
     for i in range(0, len(lists), TOGETHER):
         some = [compose.active(each, math.inf) for each in lists[i:i + TOGETHER]]
         plan = compose.plan(some, config, n_pairs, dtype=networks[0].tensors["unembed.bias"].dtype)
-        shared = isinstance(weights, Weights) and plan.donor is None
+        ours = all(type(clamp) in CATALOGUE for each in some for clamp in each)
+        shared = ours and isinstance(weights, Weights) and plan.donor is None
         params = stack([weights] if shared else networks[i:i + TOGETHER])
         yield params, batch.expand(len(params["unembed.bias"])), config, plan, len(some)
 

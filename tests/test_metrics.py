@@ -1,6 +1,7 @@
 """Metrics, checked by hand on small examples."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -68,6 +69,27 @@ def test_one_network_under_many_clamps_is_computed_once_where_they_agree(network
         right = metrics.correct(networks[0], batch, some)
         assert right.shape == (len(some), len(batch))
         torch.testing.assert_close(right.double().mean(1), own["accuracy"], check_dtype=False)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A reader's clamp, whose source takes activations and sequences to have as many runs."""
+
+    def writes(self, shape):
+        return [clamps.Write("logits", None, ~shape.zeros("logits"), ((1.0, self.source),))]
+
+    @staticmethod
+    def source(acts):
+        scores = acts["attn_scores", 1][:, :, 3, -1, 1::2]
+        return scores.gather(2, acts.batch.labels % 2).sum(2, keepdim=True) * torch.arange(5.0)
+
+
+def test_a_clamp_of_ones_own_beside_others_of_one_network(networks, batch):
+    lists = [(Gathered(), clamps.HeadTemperature((1, 3), temperature)) for temperature in (0.5, 1.0, 4.0)]
+    together = metrics.measure(networks[0], batch, lists)["loss"]
+    assert len(set(together.tolist())) == 3
+    for each, loss in zip(lists, together, strict=True):
+        torch.testing.assert_close(metrics.measure(networks[0], batch, [each])["loss"][0], loss, atol=1e-6, rtol=1e-5)
 
 
 def test_measure_pairs_networks_with_clamps(networks, batch):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from ihbook import clamps as c
-from ihbook import family, train
+from ihbook import family, step, train
 from ihbook.banks import load_bank
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.model import initial_weights
@@ -71,7 +71,7 @@ def rows():
 def main() -> None:
     wanted = sys.argv[1:]
     load_bank(RUN.bank)
-    print(f"PyTorch {torch.__version__}, {train.n_cores()} cores, blocks of {train.BLOCK['cpu']}, evaluation every "
+    print(f"PyTorch {torch.__version__}, {train.n_cores()} cores, blocks of {step.BLOCK['cpu']}, evaluation every "
           f"{RUN.eval_every} on {RUN.eval_size} sequences a set, version {family.VERSION}\n")
     print("| | run-steps/s | share of the bound | of 8 runs |\n|---|---|---|---|")
     reference = None

@@ -173,6 +173,11 @@ class Prepared:
         return frozenset(self.forms) if any(isinstance(c, (Graft, Preserve)) for c in clamps) else frozenset()
 
     @property
+    def sizes(self) -> tuple:
+        """What runs of one `program` must also have in common to use one compiled program, which is made for passes and sizes."""
+        return self.passes, self.config.task, self.bank.digest
+
+    @property
     def drawn_bank(self) -> bool:
         """Whether another process would draw the same bank from the config, which a bank of the caller's own may not be."""
         return self.config.bank.name in ("glyphs", "gaussian", "onehot") and self.bank is load_bank(self.config.bank)

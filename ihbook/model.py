@@ -252,10 +252,16 @@ def layer_norm(x: Tensor, params: Params, name: str, config: ModelConfig) -> Ten
 def turns(n_positions: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of pos · base^(-2i / width), each `[width / 2, pos]`.
 
-    Of Python's numbers, so that they are constants of a compiled program, which would else compute them at every use.
+    On a CPU of Python's numbers, so that they are constants of a compiled program, which would else compute them at every use;
+    on a GPU computed there, since a captured step may not copy from the host.
     """
-    angles = [[pos * base ** (-i / width) for pos in range(n_positions)] for i in range(0, width, 2)]
-    return tuple(like.new_tensor([[f(angle) for angle in row] for row in angles]) for f in (math.cos, math.sin))
+    if like.device.type == "cpu":
+        angles = [[pos * base ** (-i / width) for pos in range(n_positions)] for i in range(0, width, 2)]
+        return tuple(like.new_tensor([[f(angle) for angle in row] for row in angles]) for f in (math.cos, math.sin))
+    powers, positions = (torch.arange(0, end, by, dtype=torch.float64, device=like.device)
+                         for end, by in ((width, 2), (n_positions, 1)))
+    angles = base ** (-powers / width)[:, None] * positions
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
 def rotate(x: Tensor, config: ModelConfig, n_positions: int) -> Tensor:

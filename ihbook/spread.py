@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+import tempfile
+import time
+import uuid
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
-from ihbook.train import BLOCK, PLAIN_BLOCK
+from ihbook import folders
+from ihbook.banks import Bank
+from ihbook.config import RunConfig
+from ihbook.family import Prepared, prepare, train_family
+from ihbook.step import BLOCK, COMPILE_FROM, PLAIN_BLOCK
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -84,21 +94,23 @@ def shares(groups: Sequence[Sequence[int]]) -> Callable[[Worker], list[int]]:
 
 def run(client: Client, function: Callable[..., Any], groups: Sequence[Sequence[int]],
         arguments: Callable[[list[int]], tuple]) -> Iterator[tuple[list[int], Any]]:
-    """Call `function(*arguments(share))` on workers for shares of the groups; yields each share and what came of it, as they are
-    finished. A worker has as many at a time as it can train; what a lost one had, another does; new ones join in.
+    """Call `function(*arguments(share), stop)` on workers for shares of the groups; yields each share and what came of it, as they
+    are finished. A worker has as many at a time as it can train; what a lost one had, another does; new ones join in.
 
-    Raises OSError where the cluster is lost. What is left is cancelled when the caller stops.
+    Raises OSError where the cluster is lost. When the caller stops, what has not begun is cancelled, and what has is told to end
+    by the `distributed.Event` that is named `stop`.
     """
-    from distributed import as_completed
+    from distributed import Event, as_completed
 
     take, among, busy = shares(groups), workers(client), Counter()
     jobs: dict[Any, tuple[str, list[int]]] = {}
-    done = as_completed()
+    done, stop = as_completed(), f"ihbook-{uuid.uuid4()}"
 
     def fill() -> None:
         for worker in among:
             while busy[worker.address] < worker.jobs and (share := take(worker)):
-                job = client.submit(function, *arguments(share), workers=[worker.address], allow_other_workers=True, pure=False)
+                job = client.submit(function, *arguments(share), stop, workers=[worker.address], allow_other_workers=True,
+                                    pure=False)
                 jobs[job] = worker.address, share
                 busy[worker.address] += 1
                 done.add(job)
@@ -117,4 +129,67 @@ def run(client: Client, function: Callable[..., Any], groups: Sequence[Sequence[
             fill()
             yield share, result
     finally:
-        client.cancel(list(jobs))
+        if jobs:
+            with suppress(OSError, TimeoutError):  # a cluster that is lost can't be told
+                Event(stop, client=client).set()
+            client.cancel(list(jobs))
+
+
+def train(client: Client, prepared: Sequence[Prepared], progress: bool = True) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """Train runs on the workers of a client's cluster; yields the place of each and its files (`folders.unpack`), as they come.
+
+    Raises OSError where there are no workers or the cluster is lost, RuntimeError where a worker draws other characters.
+    """
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for i, each in sorted(enumerate(prepared), key=lambda item: -item[1].config.n_steps):
+        groups[each.program, frozenset(each.forms), each.bank.digest].append(i)
+    banks = {each.bank.digest: each.bank for each in prepared if not each.drawn_bank}
+    sent_banks = {digest: client.scatter(bank, broadcast=True) for digest, bank in banks.items()}
+
+    def arguments(share: list[int]) -> tuple:
+        digest = prepared[share[0]].bank.digest
+        return [prepared[i].config for i in share], sent_banks.get(digest), digest
+
+    with tqdm(total=len(prepared), desc="runs", disable=not progress, leave=False) as bar:
+        for share, sent in run(client, train_here, list(groups.values()), arguments):
+            for i, files in zip(share, sent, strict=True):
+                bar.update()
+                yield i, files
+
+
+def train_here(runs: Sequence[RunConfig], bank: Bank | None, digest: str, stop: str | None = None) -> list[dict[str, bytes]]:
+    """On a worker: train runs as one family, on one core or the GPU, and give their files; none where it was stopped. `bank` is
+    theirs where the worker can't draw it; `digest` what it must be."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    family = prepare(runs, bank, device)
+    if family[0].bank.digest != digest:
+        raise RuntimeError("this worker draws other characters than the machine that asks; install the same packages on both")
+    compiled = sum(each.config.n_steps for each in family) >= COMPILE_FROM[device]
+    with tempfile.TemporaryDirectory() as root:
+        results = train_family(family, Path(root) / "training", device, compiled, stopped=_told(stop))
+        if results is None:
+            return []
+        sent = []
+        for each, result in zip(family, results, strict=True):
+            folder = Path(tempfile.mkdtemp(dir=root))
+            folders.write(folder, each, result)
+            sent.append(folders.pack(folder))
+        return sent
+
+
+def _told(stop: str | None) -> Callable[[], bool]:
+    """Whether the event of that name is set, asked every two seconds; never where there is none."""
+    if stop is None:
+        return lambda: False
+    from distributed import Event
+
+    event, asked = Event(stop), time.monotonic()
+
+    def told() -> bool:
+        nonlocal asked
+        if time.monotonic() - asked < 2:
+            return False
+        asked = time.monotonic()
+        return event.is_set()
+
+    return told

@@ -1,4 +1,4 @@
-"""One optimiser step, and one evaluation, of a family of runs: pure functions, plain or compiled."""
+"""One optimiser step, and one evaluation, of a family of runs: pure functions, compiled on a CPU, captured as a graph on a GPU."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from ihbook.data import Batch
 from ihbook.model import Params
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+BLOCK = {"cpu": 1, "cuda": 512}  # runs in one program: a CPU's caches hold no more than one, and others gain it nothing
+PLAIN_BLOCK = 8  # runs in one on a CPU that is not compiled, where more of them share the cost of calling each operation
+COMPILE_FROM = {"cpu": 31_000, "cuda": 100}  # run-steps: a CPU compiles for half a minute, to save a millisecond at each
 Moments = dict[str, Params]  # the optimiser's state, by kind and weight
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a family runs at every step. `train` updates params and moments in place and returns the losses before, `[run]`;
-    `evaluate` is `metrics.summed`. `compiled` says how."""
+    """What a family runs at every step. `train` updates params and moments in place and returns the losses before, `[run]`, which
+    hold until it is called again; `evaluate` is `metrics.summed`. `compiled` says how."""
 
     train: Callable[..., Tensor]
     evaluate: Callable[..., dict[str, Tensor]]
@@ -67,7 +70,7 @@ def scalars_of(rates: Sequence[float], steps: Sequence[int], device: str | torch
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
-def _compiling(plain: Callable, on_cpu: bool) -> Callable:
+def _compiling(plain: Callable) -> Callable:
     """`plain`, compiled for every new form and size of its arguments at the first call with them; where that fails, one warning,
     and `plain` itself.
 
@@ -87,14 +90,14 @@ def _compiling(plain: Callable, on_cpu: bool) -> Callable:
             configs = tuple(arg for arg in args if isinstance(arg, ModelConfig))
             key = configs, plan.form, tuple(form[2]), tuple((t.shape, t.dtype) for t in tensors)
             if key not in programs:
-                programs[key] = _compiled(plain, args, tensors, on_cpu)
+                programs[key] = _compiled(plain, args, tensors)
             program = programs[key]
         return plain(*args) if program is None else program(*tensors)
 
     return call
 
 
-def _compiled(plain: Callable, args: tuple, tensors: list[Tensor], on_cpu: bool) -> Callable | None:
+def _compiled(plain: Callable, args: tuple, tensors: list[Tensor]) -> Callable | None:
     """A function of the tensors in `args` alone; None, with a warning, where it can't be compiled. Nothing is run."""
     import torch._inductor
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -105,7 +108,7 @@ def _compiled(plain: Callable, args: tuple, tensors: list[Tensor], on_cpu: bool)
 
     try:
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-        return torch._inductor.compile(graph, tensors, options={"size_asserts": False, "cpp_wrapper": on_cpu})
+        return torch._inductor.compile(graph, tensors, options={"size_asserts": False, "cpp_wrapper": True})
     except Exception as error:  # whatever it is, the plain step says it again, or does without
         reason = str(error).strip().splitlines()[0]
         warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
@@ -141,6 +144,61 @@ def _filled(arg: object, tensors: Iterator[Tensor]) -> object:
     return arg.filled(tensors) if isinstance(arg, (Batch, Plan)) else arg
 
 
+def _capturing(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`plain`, a `train_step`, captured as a CUDA graph at the first call and when the family's state or clamps become other
+    tensors; where that fails, one warning, and `plain` itself."""
+    fixed: tuple[Params, Moments, Plan] | None = None
+    form, replay, failed = None, plain, False
+
+    def call(params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig, scalars: Tensor) -> Tensor:
+        nonlocal fixed, form, replay, failed
+        same = fixed is not None and all(a is b for a, b in zip(fixed, (params, moments, plan), strict=True))
+        if not failed and not (same and form == (batch.bank.shape, batch.ids.shape)):
+            fixed, form = (params, moments, plan), (batch.bank.shape, batch.ids.shape)
+            try:
+                replay = _captured(plain, params, moments, batch, plan, config, scalars)
+            except RuntimeError as error:
+                failed, replay = True, plain
+                warnings.warn(f"steps are not captured as CUDA graphs, and take longer: {error}", stacklevel=2)
+        return replay(params, moments, batch, plan, config, scalars)
+
+    return call
+
+
+def _captured(plain: Callable[..., Tensor], params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig,
+              scalars: Tensor) -> Callable[..., Tensor]:
+    """A CUDA graph of one step, which reads and writes the state where it lies, and batches and scalars in places of its own."""
+    own = [t.clone() for t in (*batch.tensors, scalars)]
+    held: list[Tensor | None] = [None] * len(own)  # what was last copied there: a bank is the same for many steps
+
+    def once() -> Tensor:
+        return plain(params, moments, batch.filled(iter(own)), plan, config, own[-1])
+
+    state = _tensors((params, moments))
+    before = [t.clone() for t in state]
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # what a first call sets up must not be part of the graph
+            once()
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        losses = once()
+
+    def replay(params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig, scalars: Tensor) -> Tensor:
+        for i, tensor in enumerate((*batch.tensors, scalars)):
+            if tensor is not held[i]:
+                own[i].copy_(tensor)
+                held[i] = tensor
+        graph.replay()
+        return losses
+
+    return replay
+
+
 PLAIN = Program(train_step, metrics.summed, compiled=False)
 
 
@@ -148,18 +206,19 @@ def program(compile: bool, device: str | torch.device) -> Program:
     """The program of a family; plain, with a warning, where it is to be compiled but there is no compiler."""
     if not compile:
         return PLAIN
-    on_cpu = torch.device(device).type == "cpu"
-    if on_cpu and not _has_compiler():
+    if torch.device(device).type == "cuda":
+        return Program(_capturing(train_step), metrics.summed, compiled=True)
+    if not _has_compiler():
         warnings.warn("there is no C++ compiler, so training is not compiled, and takes two to four times as long; install g++ "
                       "or clang to change that", stacklevel=2)
         return PLAIN
-    return _compiled_program(on_cpu)
+    return _compiled_program()
 
 
 @cache
-def _compiled_program(on_cpu: bool) -> Program:
+def _compiled_program() -> Program:
     """One for all families of a process, so that none compiles what another has."""
-    return Program(_compiling(train_step, on_cpu), _compiling(metrics.summed, on_cpu), compiled=True)
+    return Program(_compiling(train_step), _compiling(metrics.summed), compiled=True)
 
 
 def _has_compiler() -> bool:

@@ -9,38 +9,29 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
 import platformdirs
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
-from ihbook import family, spread, train
+from ihbook import family, folders, spread, train
 from ihbook.banks import Bank
 from ihbook.config import RunConfig, encode
-from ihbook.family import Checkpoints, Prepared, Result, writing
-from ihbook.model import load_weights, save_weights
+from ihbook.family import Prepared, Result
+from ihbook.folders import Damaged
 
 if TYPE_CHECKING:
     from distributed import Client
-
-MANIFEST = "manifest.json"
 
 
 def default_root() -> Path:
     """Where the book keeps its runs: the folder that IHBOOK_STORE names, or the platform's place for user data."""
     return Path(os.environ.get("IHBOOK_STORE") or platformdirs.user_data_dir("ihbook")).expanduser()
-
-
-class Damaged(Exception):
-    """A stored run whose files are not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -107,44 +98,27 @@ class Store:
         return done
 
     def _spread(self, missing: dict[str, Prepared], client: Client, progress: bool) -> dict[str, Result]:
-        names, family, done = list(missing), list(missing.values()), {}
-        groups: dict[tuple, list[int]] = defaultdict(list)
-        for i, each in sorted(enumerate(family), key=lambda item: -item[1].config.n_steps):
-            groups[each.program, frozenset(each.forms), each.bank.digest].append(i)
-        banks = {each.bank.digest: each.bank for each in family if not each.drawn_bank}
-        sent_banks = {digest: client.scatter(bank, broadcast=True) for digest, bank in banks.items()}
-
-        def arguments(share: list[int]) -> tuple:
-            digest = family[share[0]].bank.digest
-            return [family[i].config for i in share], sent_banks.get(digest), digest
-
-        with tqdm(total=len(family), desc="runs", disable=not progress, leave=False) as bar:
-            for share, sent in spread.run(client, _elsewhere, list(groups.values()), arguments):
-                for i, files in zip(share, sent, strict=True):
-                    done[names[i]] = self._receive(family[i], files)
-                    bar.update()
+        family, done = list(missing.values()), {}
+        for i, files in spread.train(client, family, progress):
+            done[list(missing)[i]] = self._receive(family[i], files)
         return done
 
     def _receive(self, each: Prepared, files: dict[str, bytes]) -> Result:
         """Store a run's folder as it was sent from elsewhere, once it is verified."""
-        name, length = key(each)
-        with self._placing(f"{name}-{length}") as partial:
-            for path, content in files.items():
-                (partial / path).parent.mkdir(exist_ok=True)
-                (partial / path).write_bytes(content)
-            _verify(partial)
-            book = json.loads((partial / "config.json").read_text())
-            if (book["version"], book["bank"]["digest"]) != (family.VERSION, each.bank.digest):
-                raise RuntimeError("a worker has another version of ihbook; install there what is here")
-        return _read(self.root / "runs" / f"{name}-{length}", each.config)
+        with self._placing(each) as partial:
+            folders.unpack(files, partial, each)
+        return folders.read(self._folder(each), each.config)
+
+    def _folder(self, each: Prepared) -> Path:
+        return self.root / "runs" / "{}-{}".format(*key(each))
 
     @contextmanager
-    def _placing(self, name: str) -> Iterator[Path]:
-        """A new folder, which becomes that of a run when it is complete."""
-        folder = self.root / "runs" / name
+    def _placing(self, each: Prepared) -> Iterator[Path]:
+        """A new folder, which becomes that of the run when it is complete."""
+        folder = self._folder(each)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             yield partial
             if folder.exists():  # a damaged one, since a whole one would have been read
                 shutil.rmtree(folder)
@@ -180,7 +154,7 @@ class Store:
             if int(folder.name.rsplit("-", 1)[1]) < length:
                 continue
             try:
-                result = _read(folder, each.config)
+                result = folders.read(folder, each.config)
                 if int(folder.name.rsplit("-", 1)[1]) > length:
                     result = _cut(result, length)
             except Damaged as error:
@@ -194,21 +168,9 @@ class Store:
 
     def put(self, each: Prepared, result: Result) -> Result:
         """Store a result, whole or not at all; the checkpoints are moved there. Returns it as read from there."""
-        name, length = key(each)
-        with self._placing(f"{name}-{length}") as partial:
-            (partial / "config.json").write_text(json.dumps(
-                {"version": family.VERSION, "run": encode(each.config), "bank": each.bank.metadata | {"digest": each.bank.digest}},
-                indent=1, default=str))
-            result.metrics.to_parquet(partial / "metrics.parquet")
-            result.heads.to_parquet(partial / "heads.parquet")
-            save_weights(result.weights, partial / "weights.safetensors")
-            (partial / "checkpoints").mkdir()
-            for seen in result.checkpoints:
-                shutil.copyfile(result.checkpoints.folder / f"{seen}.safetensors", partial / "checkpoints" / f"{seen}.safetensors")
-            files = {path.relative_to(partial).as_posix(): _sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()}
-            with writing(partial / MANIFEST) as temporary:
-                temporary.write_text(json.dumps(files, indent=1))
-        return _read(self.root / "runs" / f"{name}-{length}", each.config)
+        with self._placing(each) as partial:
+            folders.write(partial, each, result)
+        return folders.read(self._folder(each), each.config)
 
     def entries(self) -> Iterator[Entry]:
         """Every stored run, the latest first; damaged ones with an empty config."""
@@ -226,7 +188,7 @@ class Store:
         wrong = {}
         for entry in self.entries():
             try:
-                _verify(entry.folder)
+                folders.verify(entry.folder)
             except Damaged as error:
                 wrong[entry.folder] = str(error)
         return wrong
@@ -249,47 +211,6 @@ def fetch(runs: Sequence[RunConfig], *, device: str | torch.device = "cpu", prog
           executor: Client | None = None) -> list[Result]:
     """`Store.fetch` on the default store: how the book's chapters get their runs."""
     return Store().fetch(runs, device=device, progress=progress, executor=executor)
-
-
-def _elsewhere(runs: Sequence[RunConfig], bank: Bank | None, digest: str) -> list[dict[str, bytes]]:
-    """On a worker: train runs as one family, on one core or the GPU, and give their stored folders as bytes. `bank` is theirs where
-    the worker can't draw it; `digest` what it must be."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs = family.prepare(runs, bank, device)
-    if runs[0].bank.digest != digest:
-        raise RuntimeError("this worker draws other characters than the machine that asks; install the same packages on both")
-    with tempfile.TemporaryDirectory() as root:
-        compiled = sum(each.config.n_steps for each in runs) >= train.COMPILE_FROM
-        results = family.train_family(runs, Path(root) / "training", device, compiled)
-        sent = []
-        for each, result in zip(runs, results, strict=True):
-            Store(root).put(each, result)
-            folder = Path(root) / "runs" / "{}-{}".format(*key(each))
-            sent.append({path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
-        return sent
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _verify(folder: Path) -> None:
-    """Raise Damaged unless the folder holds just what its manifest says."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())
-        for name, digest in files.items():
-            if _sha256(folder / name) != digest:
-                raise Damaged(f"{name} is not what was written")
-    except (OSError, ValueError, AttributeError) as error:
-        raise Damaged(f"its {MANIFEST} or a file that it names can't be read: {error}") from error
-
-
-def _read(folder: Path, run: RunConfig) -> Result:
-    """A verified folder as a result."""
-    _verify(folder)
-    return Result(run, pd.read_parquet(folder / "metrics.parquet"), pd.read_parquet(folder / "heads.parquet"),
-                  load_weights(folder / "weights.safetensors"), Checkpoints(folder / "checkpoints"))
 
 
 def _cut(result: Result, length: int) -> Result | None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import cloudpickle
 import torch
@@ -28,14 +28,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ihbook import family as families
+from ihbook import folders, spread
 from ihbook.banks import Bank
 from ihbook.clamps import Clamp
 from ihbook.config import RunConfig
 from ihbook.family import Prepared, Result, prepare
+from ihbook.step import BLOCK, COMPILE_FROM, PLAIN_BLOCK
 
-BLOCK = {"cpu": 1, "cuda": 512}  # runs in one compiled program: on a CPU, whose caches hold no more, others gain it nothing
-PLAIN_BLOCK = 8  # runs in one program that is not compiled, where more of them share the cost of calling each operation
-COMPILE_FROM = 31_000  # run-steps of one program: compiling takes half a minute, and saves about a millisecond at each
+if TYPE_CHECKING:
+    from distributed import Client
+
 COMPILING = 40_000  # run-steps that a core trains in the time in which it compiles a program
 SHARE_FROM = 6_000  # run-steps in all: a process takes some seconds to start
 
@@ -58,19 +60,34 @@ class Block:
 
 
 def train(runs: Sequence[RunConfig], *, bank: Bank | None = None, directory: str | Path | None = None,
-          device: str | torch.device = "cpu", compile: bool | None = None, progress: bool = True) -> list[Result]:
+          device: str | torch.device = "cpu", compile: bool | None = None, progress: bool = True,
+          executor: Client | None = None) -> list[Result]:
     """Train every run from scratch, or from where `directory` says that it stopped; results in the order of `runs`.
 
     Runs that can share a program train together, with a leading run axis; a run's result does not depend on which
     others are in the call, but for rounding. `bank` serves all runs in place of their own. `compile` (default: where it
-    pays) compiles the program. With a `directory`, state is saved there every 45 seconds, and on Ctrl-C or SIGTERM
-    before KeyboardInterrupt is raised; the same call then goes on, bit for bit as if it had not stopped.
-    Raises ValueError for a run that can't be trained, before any is.
+    pays) compiles the program, or on a GPU captures its steps. With a `directory`, state is saved there every 45 seconds, and
+    on Ctrl-C or SIGTERM before KeyboardInterrupt is raised; the same call then goes on, bit for bit as if it had not stopped.
+    With a Dask client as `executor` (`spread.connect`), its workers train the runs instead, on the devices that they have, and
+    what they send back is verified; `store.fetch` keeps such runs as they come.
+
+    Raises ValueError for a run that can't be trained, before any is; OSError where a folder can't be written or a cluster is lost.
     """
+    if executor is not None and directory is not None:
+        raise ValueError(f"directory={str(directory)!r} with an executor: workers save no state there; leave one out, or use "
+                         "store.fetch, which keeps what workers have finished")
     results: list[Result | None] = [None] * len(runs)
+    prepared = prepare(runs, bank, device)
     with tempfile.TemporaryDirectory() as temporary:
+        if executor is not None:
+            for i, files in spread.train(executor, prepared, progress):
+                folder = Path(temporary) / str(i)
+                folders.unpack(files, folder, prepared[i])
+                result = folders.read(folder, runs[i])
+                results[i] = replace(result, checkpoints=dict(result.checkpoints))
+            return results
         directory = Path(directory or temporary)
-        blocks = plan_blocks(prepare(runs, bank, device), directory, device, compile)
+        blocks = plan_blocks(prepared, directory, device, compile)
         for block, finished in train_blocks(blocks, directory, device, progress):
             for i, result in zip(block.places, finished, strict=True):
                 results[i] = replace(result, checkpoints=dict(result.checkpoints))
@@ -85,9 +102,10 @@ def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | tor
     blocks of runs that can, of like length, the longest first; compiled where it pays, or as `compile` says.
 
     On a CPU blocks are small, and no core is left without one. One compiled program serves all clamps that runs with one
-    `program` have among `asked` (default: `prepared`), but for those that need further passes. Blocks of one program, and of
-    one task, come one after the other.
+    `program` have among `asked` (default: `prepared`), but for those that need further passes. Blocks of one compiled program
+    come one after the other.
     """
+    kind = torch.device(device).type
     forms: dict[tuple, dict[frozenset, tuple]] = defaultdict(dict)
     for each in asked or prepared:
         forms[each.program, each.passes] |= each.forms
@@ -96,11 +114,10 @@ def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | tor
     work: dict[tuple, int] = defaultdict(int)
     for each in waiting.values():
         work[each.program] += each.config.n_steps
-    compiled = {program: n >= COMPILE_FROM if compile is None else compile for program, n in work.items()}
-    kind = torch.device(device).type
+    compiled = {program: n >= COMPILE_FROM[kind] if compile is None else compile for program, n in work.items()}
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, each in waiting.items():
-        apart = (each.passes, *((each.config.task, each.bank.digest) if kind == "cpu" else ())) if compiled[each.program] else ()
+        apart = (each.sizes if kind == "cpu" else each.sizes[:1]) if compiled[each.program] else ()
         groups[each.program, *apart].append(i)
     size = {program: PLAIN_BLOCK if kind == "cpu" and not compiled[program] else BLOCK[kind] for program in work}
     n_blocks = len(stopped) + sum(-(-len(members) // size[program]) for (program, *_), members in groups.items())
@@ -114,6 +131,8 @@ def plan_blocks(prepared: Sequence[Prepared], directory: Path, device: str | tor
         even = -(-len(members) // n)
         planned += [(members[start:start + even], compiled[program]) for start in range(0, len(members), even)]
     blocks = [Block([prepared[i] for i in places], places, compile) for places, compile in [*stopped, *planned]]
+    if kind != "cpu":
+        return blocks
     return [replace(block, also=tuple(forms[block.family[0].program, block.family[0].passes].values())) if block.compile else block
             for block in blocks]
 
@@ -242,7 +261,7 @@ def _shares(blocks: Sequence[Block], n: int) -> list[list[int]]:
         shares, work, programs = [[]], 0, set()
         for i, block in enumerate(blocks):
             first = block.family[0]
-            program = (first.program, first.passes, first.config.task) if block.compile else None
+            program = (first.program, *first.sizes) if block.compile else None
             cost = block.run_steps + COMPILING * (program not in {None, *programs})
             if shares[-1] and work + cost > limit:
                 shares.append([])

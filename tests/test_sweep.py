@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from ihbook import family, spread, store, sweep
+from ihbook import family, folders, spread, sweep, train
 from ihbook.__main__ import main
 from ihbook.clamps import Copy
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.store import Store
-from ihbook.train import PLAIN_BLOCK, seeds
+from ihbook.step import PLAIN_BLOCK
+from ihbook.train import seeds
 
 CELLS = ["x = 1\nseed = 0\nprofile = None\nwait = None", """\
 import os, time
@@ -212,6 +213,41 @@ def test_runs_on_a_cluster_are_those_trained_here(tmp_path, cluster):
     assert all(a.weights == b.weights for a, b in zip(again, there, strict=True))
 
 
+def test_train_with_an_executor_needs_no_store(tmp_path, cluster):
+    runs = [*seeds(RUN, 2), replace(RUN, clamps=(Copy((1, 0)),))]
+    with spread.connect(cluster[0]) as client:
+        there = train.train(runs, executor=client, progress=False)
+        with pytest.raises(ValueError, match="directory='here' with an executor"):
+            train.train(runs, executor=client, directory="here")
+    for a, b in zip(there, train.train(runs, progress=False), strict=True):
+        pd.testing.assert_frame_equal(a.metrics, b.metrics, atol=1e-4, rtol=1e-4)
+        pd.testing.assert_frame_equal(a.heads, b.heads, atol=1e-4, rtol=1e-4)
+        assert a.config == b.config and sorted(a.checkpoints) == [0, 800, 1600] and a.checkpoints[1600] == a.weights
+
+
+def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
+    """A family of hours: its worker is free again within seconds of the end of the call that asked for it."""
+    runs = [replace(RUN, n_sequences=10**9, lr=1e-3), RUN]  # of two programs, a worker each
+
+    def training():
+        """How many threads of a worker train."""
+        n = 0
+        for frame in sys._current_frames().values():
+            while frame is not None:
+                n += frame.f_code.co_name == "train_family"
+                frame = frame.f_back
+        return n
+
+    with spread.connect(cluster[0]) as client:
+        asked = spread.train(client, family.prepare(runs), progress=False)
+        assert next(asked)[0] == 1 and sum(client.run(training).values()) == 1
+        asked.close()
+        started = time.monotonic()
+        while any(client.run(training).values()):
+            assert time.monotonic() - started < 30
+            time.sleep(0.5)
+
+
 def test_a_bank_of_ones_own_travels_to_the_workers(tmp_path, cluster, small_bank):
     runs = seeds(replace(RUN, bank=BankConfig()), 2)  # the config says glyphs: what is given serves in their place
     with spread.connect(cluster[0]) as client:
@@ -238,14 +274,14 @@ def test_a_worker_killed_while_it_trains(tmp_path, cluster):
 
 def test_a_worker_that_draws_other_characters_says_so():
     with pytest.raises(RuntimeError, match="other characters"):
-        store._elsewhere([RUN], None, "0" * 64)
+        spread.train_here([RUN], None, "0" * 64)
 
 
 def test_what_a_worker_sends_is_verified(tmp_path):
     [each] = family.prepare([RUN])
-    [files] = store._elsewhere([RUN], None, each.bank.digest)
+    [files] = spread.train_here([RUN], None, each.bank.digest)
     ours = Store(tmp_path)
-    with pytest.raises(store.Damaged, match="metrics.parquet is not what was written"):
+    with pytest.raises(folders.Damaged, match="metrics.parquet is not what was written"):
         ours._receive(each, files | {"metrics.parquet": b"other"})
     book = json.loads(files["config.json"]) | {"version": -1}
     changed = json.dumps(book).encode()

@@ -152,7 +152,7 @@ def test_a_signal_stops_between_steps_and_saves(small_bank, tmp_path, monkeypatc
         return step.train_step(*args)
 
     monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=interrupted))
-    monkeypatch.setattr(training, "COMPILE_FROM", math.inf)
+    monkeypatch.setitem(training.COMPILE_FROM, "cpu", math.inf)
     with pytest.raises(KeyboardInterrupt, match="same call goes on"):
         train([long], small_bank, directory=tmp_path)
     assert signal.getsignal(number) == handler
@@ -373,7 +373,7 @@ def test_processes_stop_save_and_go_on(small_bank, processes, tmp_path, number):
 def test_a_call_that_goes_on_keeps_its_blocks(small_bank, processes, tmp_path, monkeypatch):
     """Also where planning what is left anew would make other blocks, or would not compile them."""
     runs = t.prepare(training.seeds(RUN, 4), small_bank)
-    monkeypatch.setattr(training, "COMPILE_FROM", 400)
+    monkeypatch.setitem(training.COMPILE_FROM, "cpu", 400)
     monkeypatch.setitem(training.BLOCK, "cpu", 2)
     first, second = training.plan_blocks(runs, tmp_path)
     for block in (first, second):
@@ -576,13 +576,13 @@ def test_a_compiled_program_serves_families_of_other_sizes_and_plans(small_bank)
 def test_a_compiled_program_is_for_arguments_in_one_order(small_bank, tmp_path, monkeypatch):
     """It is called with a flat list, in which one moment could be taken for the other; a saved state keeps the order."""
     made = []
-    monkeypatch.setattr(step, "_compiled", lambda plain, args, tensors, on_cpu: made.append(tensors) or (lambda *values: values))
+    monkeypatch.setattr(step, "_compiled", lambda plain, args, tensors: made.append(tensors) or (lambda *values: values))
     [each] = t.prepare([RUN], small_bank)
     params = t.stack([each.weights])
     state = t._State(0, [0], params, step.moments_of(params, RUN))
     schedule = t._Schedule([each], "cpu", step.PLAIN)
     (batch, scalars), plan = schedule.batch(state), schedule.plan(state)
-    call = step._compiling(step.train_step, True)
+    call = step._compiling(step.train_step)
     turned = {kind: state.moments[kind] for kind in ("exp_avg_sq", "exp_avg")}
     inside = {kind: dict(reversed(moments.items())) for kind, moments in state.moments.items()}
     for moments in (state.moments, turned, inside, state.moments):

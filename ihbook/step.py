@@ -46,14 +46,13 @@ def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, confi
     `scalars` are the learning rate and Adam's two bias corrections, 1 − β^step, a tensor so that they may change freely.
     """
 
-    def total(values: Params) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        values = {name: p.detach().requires_grad_() for name, p in params.items()}
         losses = metrics.cross_entropy(plan(values, batch, config, query_only=True).logits, batch)
-        return losses.sum(), losses  # the runs share no weight, so that the sum's gradient is each run's own
-
-    gradients, losses = torch.func.grad(total, has_aux=True)(params)
+        # The runs share no weight, so that the sum's gradient is each run's own. Of what a clamp leaves unused it is 0.
+        gradients = torch.autograd.grad(losses.sum(), list(values.values()), allow_unused=True, materialize_grads=True)
     lr, correction, correction_sq = scalars.unbind()
-    for name, p in params.items():
-        g = gradients[name]
+    for (name, p), g in zip(params.items(), gradients, strict=True):
         if not moments:
             p.sub_(lr * g)
             continue
@@ -61,7 +60,7 @@ def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, confi
         m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
         v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
         p.sub_(lr * (m / correction) / ((v / correction_sq).sqrt() + EPSILON))
-    return losses
+    return losses.detach()
 
 
 def scalars_of(rates: Sequence[float], steps: Sequence[int], device: str | torch.device) -> Tensor:

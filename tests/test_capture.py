@@ -87,13 +87,12 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self):
-        for func, args, kwargs, out in self.operations:
-            if func is None:
-                continue
-            again = func(*args, **kwargs)
-            if out is not None:
-                for old, new in zip(torch.utils._pytree.tree_leaves(out), torch.utils._pytree.tree_leaves(again), strict=True):
-                    old.copy_(new)
+        with torch._C._AutoDispatchBelowAutograd():  # as the operations were noted down
+            for func, args, kwargs, out in self.operations:
+                again = func(*args, **kwargs) if func else None
+                if again is not None and out is not None:
+                    for old, new in zip(torch.utils._pytree.tree_leaves(out), torch.utils._pytree.tree_leaves(again), strict=True):
+                        old.copy_(new)
 
 
 @pytest.fixture

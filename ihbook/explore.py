@@ -256,12 +256,13 @@ def wiring(result: Result, sample: Batch) -> Panel:
 def toy_model(seed: int = 1, n_iterations: int = 400) -> Panel:
     """The toy model under sliders: how much of each vector is given, and the loss (Figures 5a, 9)."""
     strengths = (0.0, 0.25, 0.5, 0.75, 1.0)
-    axes = Axes((0, n_iterations), (0, 1.05), "iterations", "loss, as a share of the loss of learning nothing",
-                [(x, f"{x:,}") for x in range(0, n_iterations + 1, n_iterations // 4)], [(y, short(y)) for y in (0, 0.5, 1.0)])
-
     given = list(itertools.product(strengths, repeat=len(toy.NAMES)))
     found = toy.train((seed,) * len(given), dict(zip(toy.NAMES, zip(*given, strict=True), strict=True)), n_iterations=n_iterations)
     losses = dict(zip(given, found["relative_loss"].to_numpy().reshape(-1, len(given)).T, strict=True))
+    top = max(loss.max() for loss in losses.values())
+    axes = Axes((0, n_iterations), (0, top), "iterations", "loss, as a share of the loss of learning nothing",
+                [(x, f"{x:,}") for x in range(0, n_iterations + 1, n_iterations // 4)],
+                [(y / 2, short(y / 2)) for y in range(int(2 * top) + 1)])
 
     def drawn(*states: str) -> list[str]:
         loss = losses[tuple(strengths[int(state)] for state in states)]

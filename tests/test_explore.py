@@ -379,6 +379,8 @@ def test_the_live_panels_in_jupyterlab(browser, lab, quick, executed):
     page, _ = opened(browser, f"{lab}/lab/tree/explore.ipynb")
     page.wait_for_function("window.jupyterapp && window.jupyterapp.commands.hasCommand('notebook:run-all-cells')", timeout=60_000)
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status === 'idle'",
+                           timeout=60_000)  # before that it would ask which kernel to start
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # and does not wait for the end
     page.get_by_role("button", name="Continue").wait_for(timeout=180_000)  # the last panel is there
     panels_ = page.locator(".widget-vbox.ih-panel")

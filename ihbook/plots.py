@@ -299,6 +299,8 @@ def _whole_numbers(axes: Axes, values: pd.Series) -> None:
     if values.max() > 1000:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     elif (values % 1 == 0).all():
+        if values.nunique() == 1:  # else there would be no whole number but that one
+            axes.set_ylim(values.min() - 1, values.max() + 1)
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
 
 
@@ -320,7 +322,7 @@ def distributions(of_runs: Mapping[str, Sequence[float]], by_rank: pd.Series) ->
         if len(set(values.index)) == 1:
             axes.set_xticks([])
     grid[-1].axhline(0, color=MUTED, lw=0.8)
-    grid[-1].set_xlabel("heads of a network, the strongest first")
+    grid[-1].set_xlabel("head, the strongest first")
     figure.alt = "; ".join(f"{words}: median {pd.Series(values).median():,.4g}, from {min(values):,.4g} to {max(values):,.4g}"
                            for words, values in of_runs.items()) + "; induction strengths by rank, medians: " + ", ".join(
         f"{each.median():.2f}" for _, each in by_rank.groupby(level=0)) + "."

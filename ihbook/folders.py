@@ -65,7 +65,7 @@ def unpack(files: Mapping[str, bytes], folder: Path, each: Prepared) -> None:
     """Write files that were sent, the result of a run, into an empty folder. Raises Damaged, or RuntimeError where they are of
     another version of ihbook or of another bank."""
     for path, content in files.items():
-        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     verify(folder)
     book = json.loads((folder / "config.json").read_text())

@@ -54,7 +54,12 @@ def _store(options: argparse.Namespace) -> int:
             print(f"damaged: {folder.name}: {why}")
         print(f"{sum(1 for _ in where.entries()) - len(wrong)} runs are whole, {len(wrong)} damaged")
         return bool(wrong)
-    for folder in where.prune(days=options.days, everything=options.all):
+    try:
+        gone = where.prune(days=options.days, everything=options.all)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for folder in gone:
         print(f"removed {folder.name}")
     return 0
 

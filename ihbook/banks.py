@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import h5py
@@ -52,7 +52,7 @@ class Bank:
     images: torch.Tensor | None
     metadata: dict
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the features' shape and bytes."""
         return _sha256(repr(tuple(self.features.shape)).encode(), self.features.contiguous().numpy())

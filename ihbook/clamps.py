@@ -1,4 +1,4 @@
-"""The catalogue of clamps (`experiments.md` §3). How they compose: `compose.py`.
+"""The catalogue of clamps (chapter 5 draws them). How they compose: `compose.py`.
 
 A clamp is a value. It says, entry by entry, what it replaces in a forward pass; the rest of the network computes from
 that and learns around it. A replaced entry passes no gradient to what it replaced; everything else does, and nothing
@@ -108,7 +108,7 @@ def _on_heads(clamp: Clamp, heads: tuple[Head, ...], shape: Shape, name: str, en
 
 def _fraction(clamp: Clamp, name: str, value: float) -> None:
     if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{type(clamp).__name__}: {name}={value!r} is out of range; it must be from 0 to 1")
+        raise ValueError(f"{type(clamp).__name__}: {name}={value!r} must be a Python number from 0 to 1")
 
 
 class _OnHeads:

@@ -19,10 +19,14 @@ from ihbook.data import Batch
 from ihbook.model import KIND, Activations, Override, Params, Site, Weights, forward, stack
 
 
+def bare(clamp: Clamp) -> Clamp:
+    """A clamp without its window."""
+    return clamp.clamp if isinstance(clamp, During) else clamp
+
+
 def active(clamps: Sequence[Clamp], sequences: float) -> tuple[Clamp, ...]:
     """The clamps that hold at that many sequences seen, without their windows."""
-    return tuple(c.clamp if isinstance(c, During) else c for c in clamps
-                 if not isinstance(c, During) or c.active(sequences))
+    return tuple(bare(c) for c in clamps if not isinstance(c, During) or c.active(sequences))
 
 
 def edges(clamps: Sequence[Clamp]) -> list[int]:
@@ -31,13 +35,15 @@ def edges(clamps: Sequence[Clamp]) -> list[int]:
     return sorted({e for c in windows for e in (c.start, c.until) if e})
 
 
-def check(clamps: Sequence[Clamp], shape: Shape) -> None:
+def check(clamps: Sequence[Clamp], shape: Shape, network: Weights | None = None) -> None:
     """Raise ValueError where a clamp does not fit the network, or two write the same entry at some time in training."""
     if hasattr(clamps, "writes"):
         raise ValueError(f"{clamps!r} is one clamp; give a list of them, [...]")
     for clamp in clamps:
         if not hasattr(clamp, "writes"):
             raise ValueError(f"{clamp!r} is not a clamp; use one from ihbook.clamps, or give yours a method writes(shape)")
+        if network is not None and isinstance(bare(clamp), Graft):
+            bare(clamp).check_donor(network)
     for at in [0, *edges(clamps)]:
         _compose(active(clamps, at), shape)
 
@@ -206,9 +212,6 @@ def run(weights: Weights, batch: Batch, clamps: Sequence[Clamp] = (), *, query_o
     if not 0 <= batch.labels.min() <= batch.labels.max() < weights.n_labels:
         raise ValueError(f"labels are from {batch.labels.min()} to {batch.labels.max()}, but the network has n_labels="
                          f"{weights.n_labels}; they must be from 0 to {weights.n_labels - 1}")
-    check(clamps, Shape(weights.config.n_layers, weights.config.n_heads, n_pairs))
-    for clamp in clamps:
-        if isinstance(clamp, Graft):
-            clamp.check_donor(weights)
+    check(clamps, Shape(weights.config.n_layers, weights.config.n_heads, n_pairs), weights)
     family = plan([active(clamps, float("inf"))], weights.config, n_pairs, dtype=weights.tensors["unembed.bias"].dtype)
     return family(stack([weights]), batch, weights.config, query_only=query_only)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,7 @@ def whole(name: str, value: int, least: int) -> None:
 
 @dataclass(frozen=True)
 class BankConfig:
-    """An exemplar bank (`experiments.md` §1): which characters, and how they become features.
+    """An exemplar bank: which characters, and how they become features.
 
     `path` is the user's own file or folder (`omniglot`, `authors`); None downloads into the cache.
     `n_classes`, `dim` and `seed` shape the generated banks; `seed` also shuffles Omniglot's class order.
@@ -62,7 +63,7 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The in-context classification task (`experiments.md` §1).
+    """The in-context classification task (chapter 1).
 
     A sequence has `n_pairs` exemplar-label pairs from `n_pairs / burstiness` different classes, each shown
     `burstiness` times, and a query of one of them. The labels of a sequence are a set of that many different
@@ -100,7 +101,10 @@ class TaskConfig:
         if self.held_out >= 1:
             raise ValueError(f"held_out={self.held_out!r} leaves no labels to train; choose a fraction below 1")
         if self.label_sets is not None:
-            sets = tuple(tuple(sorted(int(label) for label in group)) for group in self.label_sets)
+            try:
+                sets = tuple(tuple(sorted(operator.index(label) for label in group)) for group in self.label_sets)
+            except TypeError as error:
+                raise ValueError(f"label_sets={self.label_sets!r} must be sets of whole numbers, such as [(0, 1)]") from error
             if not sets:
                 raise ValueError("label_sets=() leaves no labels to train; give at least one set, or None for the usual ones")
             for group in sets:
@@ -117,7 +121,7 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer's architecture (`experiments.md` §2). The exemplar dim and label count come from the data.
+    """The transformer's architecture (chapter 2). The exemplar dim and label count come from the data.
 
     `mlp_ratio` 0 means attention only; `init_scale` multiplies every initial matrix; `max_positions` is the length
     of a learned position table.
@@ -190,6 +194,11 @@ class RunConfig:
     checkpoint_every: int = 0
 
     def __post_init__(self):
+        for name, kind in (("bank", BankConfig), ("task", TaskConfig), ("model", ModelConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a {kind.__name__}, such as {kind.__name__}()")
+        if self.initial is not None and not hasattr(self.initial, "content_digest"):
+            raise ValueError(f"initial={self.initial!r} must be Weights (ihbook.model.load_weights reads them), or None")
         if hasattr(self.clamps, "writes"):
             raise ValueError(f"clamps={self.clamps!r} is one clamp; give a list of them, clamps=[...]")
         object.__setattr__(self, "clamps", tuple(self.clamps))
@@ -216,13 +225,23 @@ class RunConfig:
 
 
 def _code(kind: type) -> str:
-    """A digest of what a class's methods do, so that an edited one is another."""
-    digest = hashlib.sha256()
-    for name, method in sorted(vars(kind).items()):
-        code = getattr(method, "__code__", None)
-        if code is not None and not name.startswith("__"):
-            digest.update(code.co_code + repr([c for c in code.co_consts if not hasattr(c, "co_code")]).encode())
-    return digest.hexdigest()[:16]
+    """A digest of what a class's methods do, so that an edited one is another. What they call outside of the class is not seen."""
+    found = []
+    for name, each in sorted(vars(kind).items()):
+        function = getattr(each, "fget", None) or getattr(each, "__func__", each)  # of a property, a static or class method
+        if hasattr(function, "__code__"):
+            found.append((name, _instructions(function.__code__)))
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def _instructions(value: Any) -> Any:
+    """What a code object does, as JSON data, with the functions in it; or a constant of one, the same in every process."""
+    if hasattr(value, "co_code"):
+        return [value.co_code.hex(), value.co_names, [_instructions(constant) for constant in value.co_consts]]
+    if isinstance(value, (tuple, frozenset)):
+        parts = [_instructions(part) for part in value]
+        return parts if isinstance(value, tuple) else sorted(parts, key=repr)
+    return repr(value)
 
 
 def encode(value: Any) -> Any:

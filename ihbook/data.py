@@ -1,4 +1,4 @@
-"""Sequences of the in-context classification task: splits, sampling, evaluation sets, the complete enumeration (§1)."""
+"""Sequences of the in-context classification task: splits, sampling, evaluation sets, the complete enumeration (chapter 1)."""
 
 from __future__ import annotations
 
@@ -161,6 +161,9 @@ def label_sets(task: TaskConfig) -> tuple[Tensor, Tensor]:
             train, test = sorted(order[:n_train]), sorted(order[n_train:])
             if len(set().union(*train)) == task.n_labels:
                 break
+    if task.label_sets is not None and (missing := set(range(task.n_labels)) - set().union(*train)):
+        raise ValueError(f"label_sets has no set with the labels {sorted(missing)} of n_labels={task.n_labels}; add one, or lower "
+                         "n_labels")
     if len(set().union(*train)) < task.n_labels:
         raise ValueError(f"n_labels={task.n_labels} can't be split with held_out={task.held_out} and label_seed="
                          f"{task.label_seed} so that every label trains; lower held_out")

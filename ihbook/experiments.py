@@ -81,8 +81,8 @@ class Settings:
 
     @property
     def digest(self) -> str:
-        """Names what the numbers are of: all but how many seeds there are, the device, and where the bank lies."""
-        values = {**asdict(self), "n_seeds": None, "device": None, "bank_path": None}
+        """Names what the numbers are of: all but the device, and where the bank lies."""
+        values = {**asdict(self), "device": None, "bank_path": None}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def length(self, published: float) -> int:
@@ -90,8 +90,8 @@ class Settings:
         return max(32, round(published * self.n_sequences / PUBLISHED))
 
     def every(self, published: float) -> int:
-        """A distance between evaluations or checkpoints, likewise, but the same whatever `n_sequences`."""
-        return max(self.scale.finest, round(published * self.scale.n_sequences / PUBLISHED))
+        """A distance between evaluations or checkpoints, likewise, but the same whatever `n_sequences`; 0 is never."""
+        return published and max(self.scale.finest, round(published * self.scale.n_sequences / PUBLISHED))
 
     def run(self, length: float = PUBLISHED, *, clamps: Sequence[Any] = (), n_classes: int | None = None,
             n_labels: int | None = None, eval_every: float = 5000, heads_every: float = 0,
@@ -102,8 +102,7 @@ class Settings:
             data_seed=nth, lr=self.scale.lr,
             task=TaskConfig(n_classes=n_classes or self.n_classes, n_labels=n_labels or self.n_labels),
             n_sequences=self.length(length), eval_size=self.scale.eval_size, eval_every=self.every(eval_every),
-            heads_every=self.every(heads_every) if heads_every else 0,
-            checkpoint_every=self.every(checkpoint_every) if checkpoint_every else 0)
+            heads_every=self.every(heads_every), checkpoint_every=self.every(checkpoint_every))
 
 
 def main_runs(settings: Settings) -> list[RunConfig]:
@@ -127,12 +126,12 @@ def by_strength(result: Result, sequences: Batch, layer: int = 1) -> dict[int, f
     return dict(sorted(enumerate(strength), key=lambda item: -item[1]))
 
 
-def previous_token_heads(result: Result, share: float = 0.5) -> list[int]:
-    """The heads of Layer 1 whose label tokens attend to the token before them at least `share` as much as those of the head
-    that does so most, at the end of training; the weakest first."""
+def previous_token_heads(result: Result, n: int = 3) -> list[int]:
+    """The `n` heads of Layer 1 whose label tokens attend most to the token before them at the end of training, the weakest first;
+    three, as many as in the paper's network (Table 1)."""
     end = result.heads[(result.heads["sequences"] == result.heads["sequences"].max()) & (result.heads["layer"] == 0)]
     attention = end.set_index("head")["previous_token"]
-    return [int(head) for head in attention[attention >= share * attention.max()].sort_values().index]
+    return [int(head) for head in attention.sort_values().index[-n:]]
 
 
 def only(head: int | Sequence[int], n_heads: int = 8) -> clamps.Ablate:

@@ -104,9 +104,11 @@ def _colours(n_heads: int) -> list[str]:
 def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
     """Through training: the loss, each head's strength, what the network answers to a sequence and every attention pattern,
     at each checkpoint of `result` (Figure 3). Raises ValueError where the run kept no checkpoints."""
-    seen = sorted(result.checkpoints)
+    table = result.heads[result.heads["layer"] == 1].pivot(index="sequences", columns="head", values="strength")
+    seen = sorted(set(result.checkpoints) & set(table.index))
     if not seen:
-        raise ValueError("the run kept no checkpoints to scrub through; give it checkpoint_every, such as 20,000 sequences")
+        raise ValueError("the run has no checkpoints to scrub through at which it was evaluated; give it checkpoint_every and "
+                         "heads_every, such as 20,000 sequences both")
     model, n_labels = result.config.model, result.config.task.n_labels
     losses = experiments.curve(result)
     axes = _loss_axes(seen[-1])
@@ -115,7 +117,6 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
               '<circle cx="{}" cy="{}" r="6" fill="#d55e00"/><text class="ih-value" x="{}" y="{}" fill="#a44a00">{}</text>')
     heads = [f"1.{h}" for h in range(model.n_heads)]
     labels = [f"label {i}" for i in range(n_labels)]
-    table = result.heads[result.heads["layer"] == 1].pivot(index="sequences", columns="head", values="strength")
     weights = cache(lambda at: result.checkpoints[at])
 
     @cache
@@ -161,7 +162,7 @@ def _ablated(layer: int, bits: str) -> list[Clamp]:
 
 
 def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
-    """Switch heads off and clamp what is left, on the finished network: accuracy and loss over `sample`, and attention (§3).
+    """Switch heads off and clamp what is left, on the finished network: accuracy and loss over `sample`, and attention (chapter 3).
 
     Live, every head has its switch. The page without a kernel has those of Layer 2, under some of the clamps.
     """

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ihbook import compose, data, metrics, step
 from ihbook.banks import Bank, load_bank
-from ihbook.clamps import Clamp, During, Graft, Preserve, Shape
+from ihbook.clamps import Clamp, Graft, Preserve, Shape
 from ihbook.config import BankConfig, RunConfig
 from ihbook.data import Batch
 from ihbook.model import FEW, Params, Weights, initial_weights, load_weights, save_weights, stack
@@ -84,11 +84,12 @@ class _State:
 def check_device(device: str | torch.device) -> None:
     """Raise ValueError for a device that is not at hand."""
     try:
-        kind = torch.device(device).type
+        asked = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is not known; choose 'cpu' or 'cuda'") from error
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device={device!r} is not at hand on this machine; choose 'cpu'")
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if str(asked) not in ["cpu", *(["cuda"] if gpus else []), *gpus]:
+        raise ValueError(f"device={device!r} is not at hand on this machine; choose {' or '.join(['cpu', *gpus])}")
 
 
 def prepare(runs: Sequence[RunConfig], bank: Bank | None = None, device: str | torch.device = "cpu") -> list[Prepared]:
@@ -131,17 +132,15 @@ class Prepared:
     def of(cls, run: RunConfig, bank: Bank, split: Callable = data.split,
            evaluation_sets: Callable = data.evaluation_sets) -> Prepared:
         shape = Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
-        compose.check(run.clamps, shape)
         splits = split(bank, run.task)
         weights = run.initial or initial_weights(run.model, bank.dim, run.task.n_labels, run.init_seed)
         if (weights.config, weights.d_exemplar, weights.n_labels) != (run.model, bank.dim, run.task.n_labels):
             raise ValueError(f"the initial weights are {weights.config} for exemplar dim {weights.d_exemplar} and "
                              f"n_labels={weights.n_labels}; the run is {run.model}, dim {bank.dim}, n_labels="
                              f"{run.task.n_labels}; give weights that match, or none")
-        for clamp in run.clamps:
-            graft = clamp.clamp if isinstance(clamp, During) else clamp
-            if isinstance(graft, Graft):
-                graft.check_donor(weights)
+        if any(tensor.dtype != torch.float32 for tensor in weights.tensors.values()):
+            raise ValueError("the initial weights are not float32, as runs are; give Weights of tensors made so by .float()")
+        compose.check(run.clamps, shape, weights)
         n_positions = 2 * run.task.n_pairs + 1
         if run.model.positions == "learned" and n_positions > run.model.max_positions:
             raise ValueError(f"n_pairs={run.task.n_pairs} makes {n_positions} positions, but max_positions="
@@ -169,8 +168,8 @@ class Prepared:
     @property
     def passes(self) -> frozenset:
         """`forms` where clamps need a further pass of a network, which other runs should not pay for; else nothing."""
-        clamps = (c.clamp if isinstance(c, During) else c for c in self.config.clamps)
-        return frozenset(self.forms) if any(isinstance(c, (Graft, Preserve)) for c in clamps) else frozenset()
+        further = any(isinstance(compose.bare(clamp), (Graft, Preserve)) for clamp in self.config.clamps)
+        return frozenset(self.forms) if further else frozenset()
 
     @property
     def sizes(self) -> tuple:
@@ -222,7 +221,7 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
     program = step.program(compile, device)
     schedule = _Schedule(family, device, program, also)
     saved_at = time.monotonic()
-    with _one_thread(device):
+    with _alone_on(device):
         while state.alive:
             leaving = [r for r in state.alive if n_steps[r] == state.step]
             _record(state, schedule, leaving, folder)
@@ -379,9 +378,11 @@ def writing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         raise OSError(f"can't write {path} ({error}); free space there, make it writable, or choose another directory "
                       "(IHBOOK_STORE names the book's)") from error
 
@@ -427,12 +428,15 @@ def _runs_of_equal(x: Tensor) -> list[int]:
 
 
 @contextmanager
-def _one_thread(device: str | torch.device) -> Iterator[None]:
-    """While inside, PyTorch computes on one core: tensors this small gain nothing from a second, and threads that wait for
-    each other at every operation are ten times slower on a machine that has other work."""
+def _alone_on(device: str | torch.device) -> Iterator[None]:
+    """While inside, PyTorch computes on this GPU, or on one core: tensors this small gain nothing from a second, and threads that
+    wait for each other at every operation are ten times slower on a machine that has other work."""
+    if torch.device(device).type == "cuda":
+        with torch.cuda.device(device):
+            yield
+        return
     before = torch.get_num_threads()
-    if torch.device(device).type == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def write(folder: Path, each: Prepared, result: Result) -> None:
     save_weights(result.weights, folder / "weights.safetensors")
     (folder / "checkpoints").mkdir()
     for seen in result.checkpoints:
-        shutil.copyfile(result.checkpoints.folder / f"{seen}.safetensors", folder / "checkpoints" / f"{seen}.safetensors")
+        save_weights(result.checkpoints[seen], folder / "checkpoints" / f"{seen}.safetensors")
     files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     with writing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(files, indent=1))
@@ -46,13 +45,13 @@ def read(folder: Path, run: RunConfig) -> Result:
 
 
 def verify(folder: Path) -> None:
-    """Raise Damaged unless the folder holds just what its manifest says."""
+    """Raise Damaged unless each file that the manifest names is there as it was written; OSError where one can't be read."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
         for name, digest in files.items():
             if _sha256(folder / name) != digest:
                 raise Damaged(f"{name} is not what was written")
-    except (OSError, ValueError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, AttributeError) as error:
         raise Damaged(f"its {MANIFEST} or a file that it names can't be read: {error}") from error
 
 
@@ -69,8 +68,10 @@ def unpack(files: Mapping[str, bytes], folder: Path, each: Prepared) -> None:
         (folder / path).write_bytes(content)
     verify(folder)
     book = json.loads((folder / "config.json").read_text())
-    if (book["version"], book["bank"]["digest"]) != (family.VERSION, each.bank.digest):
-        raise RuntimeError("a worker has another version of ihbook; install there what is here")
+    for name, theirs, ours in (("version of ihbook", book["version"], family.VERSION),
+                               ("bank", book["bank"]["digest"], each.bank.digest)):
+        if theirs != ours:
+            raise RuntimeError(f"a worker trained with another {name} ({theirs}, not {ours}); install there what is here")
 
 
 def _sha256(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -29,7 +29,7 @@ def query_metrics(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Each sequence's metrics at the query, `[run, batch]`, from `logits` `[run, batch, label]`.
 
     loss (nats), accuracy, probability of the right label; the same three with the labels not in context masked out
-    (`in_context_…`); and `context_probability`, all that is given to labels in context (§1).
+    (`in_context_…`); and `context_probability`, all that is given to labels in context (chapter 1).
     """
     seen = (batch.labels[:, :, :-1, None] == torch.arange(logits.shape[2], device=logits.device)).any(2)
     target = batch.targets.unsqueeze(2)
@@ -111,11 +111,29 @@ def correct(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence
         for params, every, config, plan, n in _clamped(weights, batch, clamps)])
 
 
+def right_instead(weights: Weights, batch: Batch, clamps: Sequence[Sequence]) -> tuple[int, list[float]]:
+    """How many sequences a network gets wrong under the first of `clamps`, and the share of them that it gets right under each of
+    the others; no shares where there are none (Tables 2 and 3)."""
+    right = correct(weights, batch, clamps)
+    missed = ~right[0]
+    return int(missed.sum()), right[1:, missed].double().mean(1).tolist() if missed.any() else []
+
+
 def gradients(weights: Weights, batch: Batch, clamps: Sequence = ()) -> Params:
     """The gradient of the mean loss of one network's sequences with respect to each weight, under clamps; no run axis."""
     [(params, batch, config, plan, _)] = _clamped(weights, batch, [clamps])
     found = torch.func.grad(lambda p: cross_entropy(plan(p, batch, config, query_only=True).logits, batch).sum())(params)
     return {name: g[0] for name, g in found.items()}
+
+
+def gradient_norms(weights: Weights, batch: Batch, head: int, clamps: Sequence = (), layer: int = 1) -> dict[str, float]:
+    """The norms of `gradients` of a head's queries, keys, values and output, of the layer before, and of the unembedding."""
+    config, found = weights.config, gradients(weights, batch, clamps)
+    parts = found[f"layers.{layer}.attn.qkv.weight"].unflatten(0, (3, config.n_heads, config.d_head))[:, head]
+    out = found[f"layers.{layer}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head))[:, head]
+    tensors = {"its queries": parts[0], "its keys": parts[1], "its values": parts[2], "its output": out,
+               "the layer before": found[f"layers.{layer - 1}.attn.qkv.weight"], "unembedding": found["unembed.weight"]}
+    return {name: tensor.norm().item() for name, tensor in tensors.items()}
 
 
 def composition_scores(weights: Weights, part: str, layer: int = 1) -> Tensor:
@@ -143,10 +161,14 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
     lists = list(clamps) * len(networks) if len(clamps) == 1 else list(clamps)
     if len(networks) != len(lists):
         raise ValueError(f"{len(networks)} networks and {len(lists)} lists of clamps; give one list each, or one for all")
+    if not networks:
+        raise ValueError("there is nothing to measure; give at least one network and one list of clamps, which may be empty")
+    if others := {network.config for network in networks} - {networks[0].config}:
+        raise ValueError(f"the networks are {networks[0].config} and {others.pop()}; measure each architecture by itself")
     config, n_pairs = networks[0].config, batch.labels.shape[2] - 1
     shape = Shape(config.n_layers, config.n_heads, n_pairs)
-    for each in lists:
-        compose.check(each, shape)
+    for network, each in zip(networks, lists, strict=True):
+        compose.check(each, shape, network)
     for i in range(0, len(lists), TOGETHER):
         some = [compose.active(each, math.inf) for each in lists[i:i + TOGETHER]]
         plan = compose.plan(some, config, n_pairs, dtype=networks[0].tensors["unembed.bias"].dtype)
@@ -170,12 +192,23 @@ def phase_change(curve: pd.DataFrame, threshold: float = THRESHOLD, *, eval_set:
     `curve` is one run's metrics table: columns sequences, eval_set, metric, value.
     """
     rows = curve[(curve["eval_set"] == eval_set) & (curve["metric"] == "loss")].sort_values("sequences")
-    x, y = rows["sequences"].to_numpy(float), rows["value"].to_numpy(float)
-    below = (y < threshold).nonzero()[0]
+    return crossing(rows.set_index("sequences")["value"], threshold)
+
+
+def crossing(values: pd.Series, level: float) -> float:
+    """Where values, by their index, first fall below a level, interpolated linearly; NaN if they never do."""
+    x, y = values.index.to_numpy(float), values.to_numpy(float)
+    below = (y < level).nonzero()[0]
     if not len(below):
         return math.nan
     i = below[0]
-    return x[0] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - threshold) / (y[i - 1] - y[i])
+    return float(x[0] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - level) / (y[i - 1] - y[i]))
+
+
+def half_way(heads: pd.DataFrame, strengths: Mapping[int, float], layer: int = 1) -> list[float]:
+    """Sequences seen when each of these heads of a layer first had half of these strengths, from a run's heads table (Figure 3b)."""
+    by_head = heads[heads["layer"] == layer].pivot(index="sequences", columns="head", values="strength")
+    return [crossing(-by_head[head], -strength / 2) for head, strength in strengths.items()]
 
 
 def plateau(losses: pd.Series, change: float) -> tuple[float, float, float]:

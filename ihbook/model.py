@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ihbook.config import ModelConfig
+from ihbook.config import ModelConfig, encode
 from ihbook.data import Batch, seeded
 
 FEW = 256  # exemplars that are embedded once each, rather than wherever they stand
@@ -131,7 +131,7 @@ class Activations:
 
 def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overrides | None = None, *,
             query_only: bool = False, donor: Params | None = None) -> Activations:
-    """Compute every run's network on its own sequences (`experiments.md` §2).
+    """Compute every run's network on its own sequences (chapter 2).
 
     `overrides` maps (name, layer) to what replaces that activation; what follows computes from it. `query_only` leaves
     out what the logits do not need: the last layer is computed at the query alone, so that its activations (all but
@@ -328,7 +328,7 @@ class Weights:
     @cached_property
     def content_digest(self) -> str:
         """sha256 of architecture, names, shapes and bytes."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(encode(self.config), sort_keys=True).encode())
         for name, tensor in self.tensors.items():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
@@ -344,7 +344,7 @@ class Weights:
 
 
 def initial_weights(config: ModelConfig, d_exemplar: int, n_labels: int, seed: int) -> Weights:
-    """Draw weights: LeCun normal truncated at ±2σ for matrices, 0.02 · truncated normal for tables (§2).
+    """Draw weights: LeCun normal truncated at ±2σ for matrices, 0.02 · truncated normal for tables (chapter 2).
 
     Each tensor is drawn from a stream of its own, so that networks that differ in n_labels, say, have the rest in common.
     """
@@ -367,12 +367,6 @@ def stack(networks: list[Weights], device: str | torch.device = "cpu") -> Params
     if len({(w.config, w.d_exemplar, w.n_labels) for w in networks}) != 1:
         raise ValueError("only networks of one architecture, exemplar dim and label count stack into one program")
     return {name: torch.stack([w.tensors[name] for w in networks]).to(device) for name in networks[0].tensors}
-
-
-def unstack(params: Params, config: ModelConfig) -> list[Weights]:
-    """The inverse of `stack`; the tensors are copies."""
-    n_runs = len(params["unembed.bias"])
-    return [Weights(config, {name: p[r].detach().clone() for name, p in params.items()}) for r in range(n_runs)]
 
 
 def save_weights(weights: Weights, path: str | Path) -> None:

@@ -120,6 +120,8 @@ def run(client: Client, function: Callable[..., Any], groups: Sequence[Sequence[
         for job in done:
             address, share = jobs.pop(job)
             busy[address] -= 1
+            if job.status == "error":  # what the function itself raised
+                job.result()
             try:
                 result = job.result()
                 among = workers(client, among)
@@ -161,6 +163,7 @@ def train_here(runs: Sequence[RunConfig], bank: Bank | None, digest: str, stop: 
     """On a worker: train runs as one family, on one core or the GPU, and give their files; none where it was stopped. `bank` is
     theirs where the worker can't draw it; `digest` what it must be."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # for good, since families that train in other threads of this worker must find it so
     family = prepare(runs, bank, device)
     if family[0].bank.digest != digest:
         raise RuntimeError("this worker draws other characters than the machine that asks; install the same packages on both")

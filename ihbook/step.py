@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -77,20 +78,23 @@ def _compiling(plain: Callable) -> Callable:
     PyTorch's own way of finding the program for nested arguments would take a seventh of it.
     """
     programs: dict[tuple, Callable | None] = {}
-    plan, form, program = None, None, None  # what it was last called with
+    last: tuple = None, None, None  # the plan and form that it was called with, and their program; threads take all or none
+    compiling = threading.Lock()
 
     def call(*args) -> dict[str, Tensor] | Tensor:
-        nonlocal plan, form, program
+        nonlocal last
         tensors = _tensors(args)
-        batch, current = (next(arg for arg in args if isinstance(arg, kind)) for kind in (Batch, Plan))
-        now = batch.bank.shape, batch.ids.shape, _names(args)
-        if current is not plan or form != now:
-            plan, form = current, now
+        batch, plan = (next(arg for arg in args if isinstance(arg, kind)) for kind in (Batch, Plan))
+        form = [(t.shape, t.stride()) for t in (batch.bank, batch.ids)], _names(args)
+        known, known_form, program = last
+        if plan is not known or form != known_form:
             configs = tuple(arg for arg in args if isinstance(arg, ModelConfig))
-            key = configs, plan.form, tuple(form[2]), tuple((t.shape, t.dtype) for t in tensors)
-            if key not in programs:
-                programs[key] = _compiled(plain, args, tensors)
+            key = configs, plan.form, tuple(form[1]), tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+            with compiling:
+                if key not in programs:
+                    programs[key] = _compiled(plain, args, tensors)
             program = programs[key]
+            last = plan, form, program
         return plain(*args) if program is None else program(*tensors)
 
     return call
@@ -109,7 +113,7 @@ def _compiled(plain: Callable, args: tuple, tensors: list[Tensor]) -> Callable |
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
         return torch._inductor.compile(graph, tensors, options={"size_asserts": False, "cpp_wrapper": True})
     except Exception as error:  # whatever it is, the plain step says it again, or does without
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
         return None
 
@@ -154,10 +158,11 @@ def _capturing(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         same = fixed is not None and all(a is b for a, b in zip(fixed, (params, moments, plan), strict=True))
         if not failed and not (same and form == (batch.bank.shape, batch.ids.shape)):
             fixed, form = (params, moments, plan), (batch.bank.shape, batch.ids.shape)
+            replay = plain  # the graph before, and its memory, goes first
             try:
                 replay = _captured(plain, params, moments, batch, plan, config, scalars)
             except RuntimeError as error:
-                failed, replay = True, plain
+                failed = True
                 warnings.warn(f"steps are not captured as CUDA graphs, and take longer: {error}", stacklevel=2)
         return replay(params, moments, batch, plan, config, scalars)
 
@@ -175,17 +180,22 @@ def _captured(plain: Callable[..., Tensor], params: Params, moments: Moments, ba
 
     state = _tensors((params, moments))
     before = [t.clone() for t in state]
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        for _ in range(3):  # what a first call sets up must not be part of the graph
-            once()
+    aside, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+    aside.wait_stream(usual)
+    try:
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # what a first call sets up must not be part of the graph
+                once()
+    finally:
+        usual.wait_stream(aside)
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
-    torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        losses = once()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # what other threads do on the GPU is no error
+            losses = once()
+    finally:
+        torch.cuda.set_stream(usual)  # where a capture fails, PyTorch stays on the stream of its own
 
     def replay(params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig, scalars: Tensor) -> Tensor:
         for i, tensor in enumerate((*batch.tensors, scalars)):

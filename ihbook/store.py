@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
 import time
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,11 +19,11 @@ from typing import TYPE_CHECKING
 
 import platformdirs
 import torch
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from ihbook import family, folders, spread, train
 from ihbook.banks import Bank
-from ihbook.config import RunConfig, encode
+from ihbook.config import RunConfig, at_least, encode
 from ihbook.family import Prepared, Result
 from ihbook.folders import Damaged
 
@@ -73,7 +75,7 @@ class Store:
         """
         prepared = family.prepare(runs, bank, device)
         names = [f"{name}-{length}" for name, length in map(key, prepared)]
-        found = {name: self.get(each) for name, each in dict(zip(names, prepared, strict=True)).items()}
+        found = {name: self.get(each, mend=False) for name, each in dict(zip(names, prepared, strict=True)).items()}
         missing = {name: each for name, each in zip(names, prepared, strict=True) if found[name] is None}
         if missing:
             with ExitStack() as locks:
@@ -98,9 +100,9 @@ class Store:
         return done
 
     def _spread(self, missing: dict[str, Prepared], client: Client, progress: bool) -> dict[str, Result]:
-        family, done = list(missing.values()), {}
-        for i, files in spread.train(client, family, progress):
-            done[list(missing)[i]] = self._receive(family[i], files)
+        names, wanted, done = list(missing), list(missing.values()), {}
+        for i, files in spread.train(client, wanted, progress):
+            done[names[i]] = self._receive(wanted[i], files)
         return done
 
     def _receive(self, each: Prepared, files: dict[str, bytes]) -> Result:
@@ -116,48 +118,55 @@ class Store:
     def _placing(self, each: Prepared) -> Iterator[Path]:
         """A new folder, which becomes that of the run when it is complete."""
         folder = self._folder(each)
+        partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            partial.mkdir(parents=True)
             yield partial
             if folder.exists():  # a damaged one, since a whole one would have been read
                 shutil.rmtree(folder)
             os.replace(partial, folder)
-        except OSError as error:
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise OSError(f"can't store a run in {self.root} ({error}); free space there, make it writable, or set IHBOOK_STORE "
                           "to another folder") from error
 
-    def _lock(self, name: str, progress: bool) -> FileLock:
-        """The lock of a run, held. It goes with its process, however that ends."""
+    def _lock(self, name: str, progress: bool) -> AcquireReturnProxy:
+        """The lock of a run, held until the context that it is ends, or its process, however that does."""
         path = self.root / "locks" / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path)
             try:
-                return lock.acquire(timeout=0.2).lock
+                return lock.acquire(timeout=0.2)
             except Timeout:
                 if progress:
                     warnings.warn(f"another process is training the run {name}; waiting for it", stacklevel=4)
-                return lock.acquire().lock
+                return lock.acquire()
         except OSError as error:
-            raise OSError(f"can't write to the store {self.root} ({error}); make it writable, or set IHBOOK_STORE to a folder "
-                          "that is") from error
+            remedy = ("raise the limit of open files (ulimit -n), or ask for fewer runs at once" if error.errno == errno.EMFILE
+                      else "make it writable, or set IHBOOK_STORE to a folder that is")
+            raise OSError(f"can't write to the store {self.root} ({error}); {remedy}") from error
 
-    def get(self, each: Prepared) -> Result | None:
+    def get(self, each: Prepared, *, mend: bool = True) -> Result | None:
         """The stored run, or the beginning of a longer one that was evaluated and kept there; None where there is none.
 
-        A damaged folder is reported and removed.
+        A damaged folder is reported and removed, or without `mend`, which is for who holds the run's lock, passed over.
         """
         name, length = key(each)
-        longer = sorted(self.root.glob(f"runs/{name}-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-        for folder in longer:
-            if int(folder.name.rsplit("-", 1)[1]) < length:
+        lengths = sorted(int(path.name.rsplit("-", 1)[1]) for path in self._folders() if path.name.startswith(f"{name}-"))
+        for stored in lengths:
+            if stored < length:
                 continue
+            folder = self.root / "runs" / f"{name}-{stored}"
             try:
                 result = folders.read(folder, each.config)
-                if int(folder.name.rsplit("-", 1)[1]) > length:
+                if stored > length:
                     result = _cut(result, length)
             except Damaged as error:
+                if not mend:
+                    continue
                 warnings.warn(f"the stored run {folder} is damaged ({error}); it is removed, and will be trained again",
                               stacklevel=3)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -167,15 +176,19 @@ class Store:
         return None
 
     def put(self, each: Prepared, result: Result) -> Result:
-        """Store a result, whole or not at all; the checkpoints are moved there. Returns it as read from there."""
+        """Store a result, whole or not at all. Returns it as read from there."""
         with self._placing(each) as partial:
             folders.write(partial, each, result)
         return folders.read(self._folder(each), each.config)
 
+    def _folders(self, pattern: str = r"runs/[0-9a-f]{24}-\d+") -> list[Path]:
+        """The folders in the store of such names, relative to it: what else lies there is not the store's."""
+        found = [path for part in ("runs", "training") for path in self.root.glob(f"{part}/*")]
+        return [path for path in found if re.fullmatch(pattern, path.relative_to(self.root).as_posix()) and path.is_dir()]
+
     def entries(self) -> Iterator[Entry]:
         """Every stored run, the latest first; damaged ones with an empty config."""
-        folders = [path for path in self.root.glob("runs/*-*") if not path.name.startswith(".")]
-        for folder in sorted(folders, key=lambda path: -path.stat().st_mtime):
+        for folder in sorted(self._folders(), key=lambda path: -path.stat().st_mtime):
             try:
                 config = json.loads((folder / "config.json").read_text())
             except (OSError, ValueError):
@@ -196,11 +209,13 @@ class Store:
     def prune(self, *, days: float | None = None, everything: bool = False) -> list[Path]:
         """Remove damaged runs, those of other versions, what was left half-written, and stopped families; with `days`, also
         runs not written since; with `everything`, all. Returns what was removed. Nothing else may use the store meanwhile."""
+        if days is not None:
+            at_least("days", days, 0)
         wrong = self.verify()
         old = time.time() - 86_400 * days if days is not None else -float("inf")
         gone = [e.folder for e in self.entries() if everything or e.folder in wrong or e.written < old
                 or e.config.get("version") != family.VERSION]
-        gone += [*self.root.glob("runs/.*"), *self.root.glob("training/*")]
+        gone += self._folders(r"runs/\.[0-9a-f]{24}-\d+\..*|training/[0-9a-f]{24}")
         for folder in gone:
             shutil.rmtree(folder)
         shutil.rmtree(self.root / "locks", ignore_errors=True)

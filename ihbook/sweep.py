@@ -46,7 +46,7 @@ class Point:
     def numbers(self) -> list[dict] | None:
         """What was measured; None where the point is not finished."""
         try:
-            return json.loads((self.folder / "numbers.json").read_text())
+            return json.loads((self.folder / "numbers.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -63,8 +63,8 @@ class Sweep:
 
 def hand_over(verdicts: Sequence[Verdict]) -> None:
     """Give a chapter's numbers to the sweep that runs it: its last cell, which the sweep puts there."""
-    rows = [{"claim": verdict.key, "nth": i, "value": value if value == value else None, "verdict": verdict.word}
-            for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]
+    rows = [{"claim": verdict.key, "nth": i, "value": value if math.isfinite(value) else str(value), "verdict": verdict.word}
+            for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]  # JSON has no NaN
     display({NUMBERS: rows}, raw=True)
 
 
@@ -118,10 +118,10 @@ def sweep(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path, *
     failed: dict[Point, str] = {}
     try:
         with tqdm(total=len(every), initial=len(every) - len(waiting), desc="points", disable=not progress) as bar:
-            for point, (executed, numbers, error) in _executed(Path(notebook).read_text(), waiting, executor):
+            for point, (executed, numbers, error) in _executed(Path(notebook).read_text(encoding="utf-8"), waiting, executor):
                 if executed:
                     with writing(point.folder / "out.ipynb") as partial:
-                        partial.write_text(executed)
+                        partial.write_text(executed, encoding="utf-8")
                 if error is None:
                     with writing(point.folder / "numbers.json") as partial:
                         partial.write_text(json.dumps(numbers))
@@ -147,7 +147,7 @@ def _gathered(name: str, every: Sequence[Point], failed: dict[Point, str], out: 
     with writing(out / "numbers.parquet") as partial:
         table.to_parquet(partial)
     with writing(page) as partial:
-        partial.write_text(_page(name, every, failed, table, varied))
+        partial.write_text(_page(name, every, failed, table, varied), encoding="utf-8")
     return Sweep(table, failed, page)
 
 
@@ -242,9 +242,9 @@ def execute(source: str, parameters: Mapping[str, Any]) -> Outcome:
         try:
             done = papermill.execute_notebook(str(given), str(out), dict(parameters), kernel_name="python3", progress_bar=False)
         except Exception as error:  # whatever goes wrong with a point is told, and the others go on
-            return out.read_text() if out.exists() else "", None, f"{type(error).__name__}: {error}"
+            return out.read_text(encoding="utf-8") if out.exists() else "", None, f"{type(error).__name__}: {error}"
         numbers = next(output.data[NUMBERS] for output in done.cells[-1].outputs if NUMBERS in output.get("data", {}))
-        return out.read_text(), numbers, None
+        return out.read_text(encoding="utf-8"), numbers, None
 
 
 def _page(name: str, every: Sequence[Point], failed: Mapping[Point, str], table: pd.DataFrame, varied: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The paper's toy model of subcircuits that need each other: a product of three vectors, some of them clamped (§5a)."""
+"""The paper's toy model of subcircuits that need each other: a product of three vectors, some of them clamped (Figure 5a)."""
 
 from __future__ import annotations
 

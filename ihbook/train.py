@@ -86,13 +86,18 @@ def train(runs: Sequence[RunConfig], *, bank: Bank | None = None, directory: str
                 result = folders.read(folder, runs[i])
                 results[i] = replace(result, checkpoints=dict(result.checkpoints))
             return results
-        directory = Path(directory or temporary)
-        blocks = plan_blocks(prepared, directory, device, compile)
-        for block, finished in train_blocks(blocks, directory, device, progress):
-            for i, result in zip(block.places, finished, strict=True):
-                results[i] = replace(result, checkpoints=dict(result.checkpoints))
+        folder = Path(directory or temporary)
+        blocks = plan_blocks(prepared, folder, device, compile)
+        try:
+            for block, finished in train_blocks(blocks, folder, device, progress):
+                for i, result in zip(block.places, finished, strict=True):
+                    results[i] = replace(result, checkpoints=dict(result.checkpoints))
+        except KeyboardInterrupt:
+            if directory is None:
+                raise KeyboardInterrupt("stopped, and nothing is kept; a call with a directory, or store.fetch, goes on") from None
+            raise
         for block in blocks:  # only now: a call that is stopped must not lose the blocks that it had finished
-            shutil.rmtree(block.folder(directory))
+            shutil.rmtree(block.folder(folder))
     return results
 
 
@@ -288,11 +293,11 @@ def _process(share: list[tuple[int, Block]], directory: Path, messages: queue.Qu
             process.stdin.flush()
             while True:
                 messages.put(pickle.load(process.stdout))
-        except (EOFError, OSError, ValueError, pickle.UnpicklingError):
-            code = process.wait()
-            if code:
-                messages.put(("failed", RuntimeError(f"a training process ended with status {code}; what it last saved is kept, "
-                                                     "and the same call goes on from there")))
+        except Exception as error:  # the end of its messages, or one that can't be read: either way it is not listened to again
+            process.stdout.close()
+            if code := process.wait():
+                messages.put(("failed", RuntimeError(f"a training process ended with status {code} ({error}); a call with a "
+                                                     "directory, or store.fetch, goes on from what it last saved")))
             messages.put(("ended", None))
 
     thread = threading.Thread(target=listen, daemon=True)
@@ -323,7 +328,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 def _main() -> None:
     """The other end of `_process`."""
-    out, sys.stdout = sys.stdout.buffer, sys.stderr  # only messages go to the pipe
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # only messages go to the pipe, whatever else prints
     sys.path[:], families.SAVE_SECONDS = pickle.load(sys.stdin.buffer)
     share, directory = pickle.load(sys.stdin.buffer)
     closed = threading.Event()

@@ -103,9 +103,9 @@ def test_05_gradients_stop_where_something_is_clamped(tmp_path, store):
     zero = {name: {part for part, norm in row.items() if norm == 0} for name, row in norms.items()}
     its = {"its queries", "its keys", "its values", "its output"}
     assert zero == {"nothing": set(), "Ablate this head": its, "Induction": {"its queries", "its keys"},
-                    "PerfectLayer1": {"Layer 1"},
+                    "PerfectLayer1": {"the layer before"},
                     "Copy": {"its values", "its output", "unembedding"},
-                    "PerfectLayer1 and Copy": {"its values", "its output", "Layer 1", "unembedding"}}
+                    "PerfectLayer1 and Copy": {"its values", "its output", "the layer before", "unembedding"}}
     assert times["always"] < times["never"]
 
 
@@ -118,7 +118,8 @@ def test_06_with_other_parameters(tmp_path, store):
 
 
 def test_07_orders_the_clamped_runs_as_the_paper_does(tmp_path, store):
-    times, graft = execute("07_subcircuits", tmp_path, {"seed": 6}, "[times.iloc[0].to_dict(), graft_times]")
+    times, graft = execute("07_subcircuits", tmp_path, {"seed": 6}, "[times.iloc[0].to_dict(), {s: metrics.phase_change("
+                           "r.metrics) for s, r in grafts.items()}]")
     assert max(times[n] for n in ("match", "copy", "layer 1", "layer 1 and copy")) < 0.5 * times["nothing"]
     assert times["previous token"] < times["nothing"]
     assert times["layer 1 and copy"] < times["layer 1"] and times["match"] < times["layer 1"]

@@ -101,14 +101,14 @@ def tapes(monkeypatch):
     made = []
 
     @contextmanager
-    def graph(tape):
+    def graph(tape, capture_error_mode):
         made.append(tape)
         with tape:
             yield
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": lambda s: nullcontext(),
-                        "CUDAGraph": Tape, "graph": graph}.items():
+                        "CUDAGraph": Tape, "graph": graph, "set_stream": lambda s: None}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return made
 

@@ -12,10 +12,11 @@ QUICK = Settings("quick")
 
 
 @pytest.mark.parametrize("key, values, word", [
-    ("redundant", [0.01, 0.02, 0.9], "holds"), ("redundant", [0.06], "differs"), ("redundant", 0.05, "holds"),
+    ("redundant", [0.01, 0.02, 0.9], "holds"), ("redundant", [0.04], "differs"), ("redundant", 0.03, "holds"),
     ("plateau", [0.7], "holds"), ("plateau", [0.6], "differs"), ("plateau", [0.9], "differs"),
     ("each-learns", [8], "holds"), ("each-learns", [7], "differs"), ("plateau", [math.nan], "not tested"),
     ("plateau", [math.nan, 0.7], "holds"), ("plateau", [], "not tested"),
+    ("all-pt", [math.inf, 1.3, math.inf], "holds"), ("pt-faster", [0.5, math.inf, math.inf], "differs"),
 ])
 def test_verdicts(key, values, word):
     assert claims.judge(key, values).word == word
@@ -24,6 +25,11 @@ def test_verdicts(key, values, word):
 def test_what_was_measured_in_words():
     assert claims.judge("plateau", [0.7, 0.8, 0.75]).measured == "0.75 (0.7 to 0.8)"
     assert claims.judge("plateau", [math.nan, 0.7]).measured == "0.7" and claims.judge("plateau", []).measured == "–"
+
+
+def test_a_run_that_never_gets_there_is_the_slowest():
+    assert claims.ratios([2.0, math.nan], [4.0, 4.0]) == [0.5, math.inf]
+    assert math.isnan(claims.ratios([2.0], [math.nan])[0]) and claims.judge("all-pt", [math.inf]).measured == "∞"
 
 
 def test_claims_are_whole():
@@ -42,10 +48,11 @@ def test_what_is_recorded_is_gathered_and_nothing_else(tmp_path, monkeypatch):
     assert {v.word for v in claims.gathered(QUICK)} == {"not tested"}
     table = claims.record([claims.judge("redundant", [0.2]), claims.judge("plateau", [0.7, math.nan])], QUICK)
     assert table["verdict"].tolist() == ["differs", "holds"]
-    found = {v.key: v for v in claims.gathered(replace(QUICK, n_seeds=2))}
+    found = {v.key: v for v in claims.gathered(replace(QUICK, device="cpu"))}
     assert (found["redundant"].word, found["plateau"].word) == ("differs", "holds")
     assert [k for k, v in found.items() if v.word != "not tested"] == ["plateau", "redundant"]
-    assert {v.word for v in claims.gathered(replace(QUICK, seed=6))} == {"not tested"}
+    for other in ({"seed": 6}, {"n_seeds": 2}):
+        assert {v.word for v in claims.gathered(replace(QUICK, **other))} == {"not tested"}
     monkeypatch.setitem(claims.CLAIMS, "redundant", replace(claims.CLAIMS["redundant"], high=0.3))
     assert {v.key: v.word for v in claims.gathered(QUICK)}["redundant"] == "not tested"  # it is another claim now
 

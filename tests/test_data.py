@@ -57,8 +57,10 @@ def test_every_label_trains_however_few_sets_do():
 def test_label_sets_can_be_given():
     train, test = data.label_sets(TaskConfig(n_labels=3, label_sets=((1, 0), (1, 2))))
     assert train.tolist() == [[0, 1], [1, 2]] and test.tolist() == [[0, 2]]
-    with pytest.raises(ValueError, match="every label"):
+    with pytest.raises(ValueError, match=r"label_sets has no set with the labels \[2\] of n_labels=3"):
         data.label_sets(TaskConfig(n_labels=3, label_sets=((0, 1),)))
+    with pytest.raises(ValueError, match="whole numbers"):
+        TaskConfig(n_labels=3, label_sets=((0, 1.7), (1, 2)))
 
 
 def test_splits_keep_classes_and_exemplars_apart(splits, small_bank):

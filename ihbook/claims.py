@@ -74,7 +74,7 @@ def _number(x: float) -> str:
 
 
 def ratios(times: Sequence[float], to: Sequence[float]) -> list[float]:
-    """Times (NaN: never) over others: infinite where only the first never came, NaN where the second did not, which tells nothing."""
+    """Times (NaN: never) over others: infinite where only the first never came, NaN (nothing is told) where the second did not."""
     return [math.nan if math.isnan(b) else math.inf if math.isnan(a) else a / b for a, b in zip(times, to, strict=True)]
 
 
@@ -192,7 +192,8 @@ CLAIMS = {claim.key: claim for claim in (
     Claim("graft-own", "7", "On its own trained Layer 1 the loss falls at once", "at once",
           "time of the phase change, over the standard run's", high=0.4),
     Claim("graft-others", "7", "On another network's Layer 1 there is no plateau", "no plateau",
-          "how much faster the loss falls in the half around the phase change than in the second quarter of the time to it", high=2.0),
+          "how much faster the loss falls in the half around the phase change than in the second quarter of the time to it",
+          high=2.0),
     Claim("graft-early", "7", "but early on learning is slower than the standard run's", "slower",
           "loss at 50,000 sequences less the standard run's, nats", 0.0),
     Claim("which-pt", "8", "Which head is clamped to the previous token hardly matters", "hardly",

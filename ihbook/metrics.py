@@ -206,7 +206,7 @@ def crossing(values: pd.Series, level: float) -> float:
 
 
 def half_way(heads: pd.DataFrame, strengths: Mapping[int, float], layer: int = 1) -> list[float]:
-    """Sequences seen when each of these heads of a layer first had half of these strengths, from a run's heads table (Figure 3b)."""
+    """Sequences seen when each head of a layer first had half of its strength here, from a run's heads table (Figure 3b)."""
     by_head = heads[heads["layer"] == layer].pivot(index="sequences", columns="head", values="strength")
     return [crossing(-by_head[head], -strength / 2) for head, strength in strengths.items()]
 

@@ -197,5 +197,6 @@ def wiring(grids: Mapping[str, torch.Tensor], rows: Sequence[str], columns: Sequ
                  xlabel="head of Layer 1", ylabel="head of Layer 2")
         axes.label_outer(remove_inner_ticks=False)
     figure.alt = f"Heat maps of {words}, Layer 2's heads by Layer 1's: " + "; ".join(
-        f"{title.strip()}, from {grid.min():.2f} to {grid.max():.2f}" for title, grid in grids.items()) + "."
+        f"{title.strip()}, from {grid.min():.2f} to {grid.max():.2f}, in the first row least at {columns[int(grid[0].argmin())]} "
+        f"and most at {columns[int(grid[0].argmax())]}" for title, grid in grids.items()) + "."
     return figure

@@ -230,7 +230,7 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
                          labelspacing=0.25, handlelength=1.5)
     for text, drawn in zip(legend.get_texts(), lines, strict=True):
         text.set_color(drawn.get_color() if drawn.get_marker() == "None" else MUTED)
-    figure.alt = f"{y} against {x or 'sequences seen'}, to {last:,}. At the end: {'; '.join(words)}."
+    figure.alt = f"{y} against {x or 'sequences seen'}, to {last:,.0f}. At the end: {'; '.join(words)}."
     return figure
 
 

@@ -147,3 +147,19 @@ def test_a_gpu_gives_what_a_cpu_does(small_bank, recwarn, compile):
         pd.testing.assert_frame_equal(here.metrics, there.metrics, atol=2e-3, rtol=2e-3)
         assert sorted(here.checkpoints) == sorted(there.checkpoints)
     assert not [w for w in recwarn if "captured" in str(w.message)]
+
+
+def test_a_family_is_as_it_was_where_the_first_calls_fail(small_bank, tapes, monkeypatch):
+    calls = []
+
+    def third_time_unlucky(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return step.train_step(*args)
+
+    plain = train([RUN], small_bank)
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=step._capturing(third_time_unlucky)))
+    with pytest.warns(UserWarning, match="out of memory"):
+        [result] = train([RUN], small_bank)
+    assert result.weights == plain[0].weights and not tapes

@@ -1,7 +1,7 @@
 """Metrics, checked by hand on small examples."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ import torch
 from cases import clamps as golden_clamps
 from conftest import shared
 
-from ihbook import claims, clamps, metrics
+from ihbook import claims, clamps, compose, metrics
 from ihbook.data import Batch
 
 
@@ -139,3 +139,45 @@ def test_a_finished_network_is_measured_at_the_end_of_its_windows(networks, batc
     window = clamps.During(clamps.Ablate((1, 3)), 0, 100)
     found = metrics.measure(networks[0], batch, [(window,), (), (clamps.Ablate((1, 3)),)])["loss"]
     assert found[0] == found[1] != found[2]
+
+
+def test_networks_that_are_measured_together_are_of_one_architecture(networks, batch):
+    eight = networks[0]
+    other = replace(eight, config=replace(eight.config, n_heads=eight.config.n_heads // 2))
+    with pytest.raises(ValueError, match="measure each architecture by itself"):
+        metrics.measure([eight] * 8 + [other], batch)
+    for grafted in ([clamps.Graft(other)], [clamps.During(clamps.Graft(other), 0)]):
+        with pytest.raises(ValueError, match="the donor's architecture"):
+            metrics.measure(eight, batch, [grafted])
+        with pytest.raises(ValueError, match="the donor's architecture"):
+            compose.run(eight, batch, grafted)
+    with pytest.raises(ValueError, match="nothing to measure"):
+        metrics.measure([], batch, [])
+
+
+def test_who_is_right_where_the_first_is_wrong(networks, batch):
+    lists = [(clamps.Ablate((1, h)),) for h in range(3)]
+    n, shares = metrics.right_instead(networks[0], batch, lists)
+    first, *others = metrics.correct(networks[0], batch, lists)
+    assert n == (~first).sum() > 0
+    assert shares == pytest.approx([(each[~first]).double().mean().item() for each in others])
+
+
+def test_half_way_up_is_interpolated():
+    heads = pd.DataFrame([(at, layer, 3, at / 100 * (layer + 1)) for at in (0, 10, 20) for layer in (0, 1)],
+                         columns=["sequences", "layer", "head", "strength"])
+    assert metrics.half_way(heads, {3: 0.3}) == pytest.approx([7.5])  # 0.15, at 0.02 a sequence
+    assert math.isnan(metrics.half_way(heads, {3: 2.0})[0])
+
+
+def test_gradient_norms_are_those_of_the_heads_own_weights(networks, batch):
+    network, head = networks[0], 1
+    found = metrics.gradients(network, batch)
+    qkv = found["layers.1.attn.qkv.weight"]
+    d = network.config.d_head
+    norms = metrics.gradient_norms(network, batch, head)
+    for i, name in enumerate(("its queries", "its keys", "its values")):
+        rows = qkv[i * network.config.d_model + head * d:][:d]
+        assert norms[name] == pytest.approx(rows.norm().item()) and norms[name] > 0
+    assert norms["its output"] == pytest.approx(found["layers.1.attn.proj.weight"][:, head * d:(head + 1) * d].norm().item())
+    assert norms["the layer before"] == pytest.approx(found["layers.0.attn.qkv.weight"].norm().item())

@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from test_train import RUN, same
 
-from ihbook import clamps, family, step, train
+from ihbook import clamps, family, folders, step, train
 from ihbook.__main__ import main
 from ihbook.store import Store, default_root
 
@@ -225,3 +226,77 @@ def test_what_a_folder_says_of_itself(store, small_bank):
     [entry] = store.entries()
     assert entry.config["run"]["n_sequences"] == 3200 and entry.config["bank"]["digest"] == small_bank.digest
     assert json.loads((entry.folder / "manifest.json").read_text()).keys() >= {"config.json", "weights.safetensors"}
+
+
+def test_what_is_not_the_stores_is_left_alone(store, small_bank, capsys):
+    """Another tool's `runs` and `training` may lie in the same folder."""
+    fetch(store, [RUN], small_bank)
+    theirs = [store.root / name for name in ("runs/Aug01-12_host", "runs/1000000.bak-1", "runs/.git", "training/images")]
+    for folder in theirs:
+        folder.mkdir(parents=True)
+    (store.root / "runs" / ".DS_Store").write_text("x")
+    (store.root / "training" / ("0" * 24)).mkdir()
+    [entry] = store.entries()
+    shutil.copytree(entry.folder, entry.folder.with_name(entry.folder.name + ".bak"))
+    assert store.get(family.Prepared.of(RUN, small_bank)) is not None
+    assert [path.name for path in store.prune()] == ["0" * 24] and not store.verify()
+    assert store.prune(everything=True) == [entry.folder] and all(folder.exists() for folder in theirs)
+    with pytest.raises(ValueError, match="days=-1"):
+        store.prune(days=-1)
+    assert main(["store", "prune", "--days", "-1", "--root", str(store.root)]) == 2 and "days=-1" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_read_just_now_is_not_removed(store, small_bank, monkeypatch):
+    def busy(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    fetch(store, [RUN], small_bank)
+    with monkeypatch.context() as patched:
+        patched.setattr(folders, "_sha256", busy)
+        with pytest.raises(OSError, match="Too many open files"):
+            fetch(store, [RUN], small_bank)
+    assert store.get(family.Prepared.of(RUN, small_bank)) is not None
+
+
+def test_a_damaged_run_is_passed_over_by_who_does_not_hold_its_lock(store, small_bank):
+    fetch(store, [RUN], small_bank)
+    [entry] = store.entries()
+    (entry.folder / "weights.safetensors").write_bytes(b"")
+    prepared = family.Prepared.of(RUN, small_bank)
+    assert store.get(prepared, mend=False) is None and entry.folder.exists()
+    with pytest.warns(UserWarning, match="damaged"):
+        assert store.get(prepared) is None
+    assert not entry.folder.exists()
+
+
+def test_what_cannot_be_stored_leaves_nothing_behind(store, small_bank, monkeypatch):
+    def full(folder, each, result):
+        (folder / "config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    [result] = train.train([RUN], bank=small_bank, progress=False)
+    prepared = family.Prepared.of(RUN, small_bank)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="free space there"):
+        patched.setattr(folders, "write", full)
+        store.put(prepared, result)
+    assert not list((store.root / "runs").iterdir())
+    same(store.put(prepared, result), result)  # a result whose checkpoints are in memory, too
+    umask = os.umask(0)
+    os.umask(umask)
+    assert next(store.entries()).folder.stat().st_mode & 0o777 == 0o777 & ~umask  # others may read a shared store
+
+
+def test_locks_are_free_afterwards(store, small_bank):
+    fetch(store, [RUN], small_bank)
+    [path] = (store.root / "locks").iterdir()
+    with FileLock(path, timeout=0):
+        pass
+
+
+def test_too_many_runs_at_once_say_what_helps(store, small_bank, monkeypatch):
+    def acquire(self, timeout=None):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(OSError, match="ulimit -n"):
+        fetch(store, [RUN], small_bank)

@@ -19,7 +19,9 @@ import torch
 from ihbook import clamps, step
 from ihbook import family as t
 from ihbook import train as training
+from ihbook.compose import Plan
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig, encode
+from ihbook.data import Batch
 from ihbook.metrics import cross_entropy
 from ihbook.model import initial_weights, stack
 
@@ -641,3 +643,114 @@ def test_a_stopped_call_keeps_the_blocks_that_it_had_finished(small_bank, tmp_pa
         train(runs, small_bank, directory=tmp_path)
     train(runs, small_bank, directory=tmp_path)
     assert count == 200 and not list(tmp_path.iterdir())
+
+
+def test_an_edited_clamp_is_another_run():
+    """Names, constants and functions inside of a method count, in every process alike; what a line number is does not."""
+    source = """
+from dataclasses import dataclass, field
+import math
+{space}
+@dataclass(frozen=True)
+class Mine:
+    strength: float = 1.0
+    def writes(self, shape):
+        return [math.{function}(x) for x in map(lambda x: {factor} * x, [1.0]) if x in {{'a', 'b', 'c'}}]
+    @property
+    def {name}(self):
+        return {constant}
+"""
+    same_as, first = {"space": "\n\n"}, {"space": "", "function": "sin", "factor": 2, "name": "p", "constant": 1}
+    def digest(**changed):
+        names = {"__name__": "notebook"}
+        sys.modules.setdefault("notebook", type(sys)("notebook"))
+        exec(source.format(**first | changed), names)
+        return RunConfig(clamps=[names["Mine"]()]).digest
+
+    assert digest() == digest(**same_as)
+    assert len({digest(), *(digest(**{key: value}) for key, value in
+                            {"function": "cos", "factor": 3, "name": "q", "constant": 2}.items())}) == 5
+    code = ("from test_train import Own, replace; from ihbook.config import RunConfig, _instructions\n"
+            "print(RunConfig(clamps=[Own()]).digest, _instructions((lambda x: x in {'a', 'b', 'c', 'd'}).__code__))")
+    assert len({subprocess.check_output([sys.executable, "-c", code], text=True, cwd=Path(__file__).parent,
+                                        env={**os.environ, "PYTHONHASHSEED": seed}) for seed in "123"}) == 1
+
+
+@pytest.mark.parametrize("bad, words", [({"bank": "omniglot"}, "BankConfig"), ({"task": {}}, "TaskConfig"),
+                                        ({"model": None}, "ModelConfig"), ({"initial": {}}, "Weights")])
+def test_parts_of_a_run_are_of_their_kind(bad, words):
+    with pytest.raises(ValueError, match=words):
+        RunConfig(**bad)
+
+
+def test_initial_weights_are_of_the_precision_that_trains(small_bank):
+    drawn = initial_weights(MODEL, 16, 5, 0)
+    double = replace(drawn, tensors={name: tensor.double() for name, tensor in drawn.tensors.items()})
+    with pytest.raises(ValueError, match="float32"):
+        train([replace(RUN, initial=double)], small_bank)
+
+
+def test_a_stopped_call_without_a_directory_does_not_promise_anything(small_bank, tmp_path, monkeypatch):
+    def stopped(*args):
+        raise KeyboardInterrupt("the state is saved in …")
+        yield
+
+    monkeypatch.setattr(training, "train_blocks", stopped)
+    with pytest.raises(KeyboardInterrupt, match="nothing is kept"):
+        train([RUN], small_bank)
+    with pytest.raises(KeyboardInterrupt, match="the state is saved"):
+        train([RUN], small_bank, directory=tmp_path)
+
+
+@dataclass(frozen=True)
+class Talks(Own):
+    """A clamp that prints, as a library written in C might, past Python's own output."""
+
+    def writes(self, shape):
+        os.write(1, b"a warning of a library\n" * 10_000)
+        return super().writes(shape)
+
+
+def test_what_a_training_process_prints_is_not_taken_for_a_message(small_bank, processes, capfd):
+    runs = [replace(run, clamps=(Talks(),)) for run in many()]
+    assert len(train(runs, small_bank)) == len(runs)
+
+
+def fake_programs(monkeypatch, seconds=0.0):
+    """`step._compiled` as a function that only says what it was made for."""
+    def compiled(plain, args, tensors):
+        time.sleep(seconds)
+        made = [t.stride() for t in tensors], args[-1]
+        return lambda *given: (made, [t.stride() for t in given])
+
+    monkeypatch.setattr(step, "_compiled", compiled)
+    return step._compiling(lambda *args: None)
+
+
+def test_a_program_is_not_used_for_tensors_that_lie_otherwise(monkeypatch):
+    """Two evaluation sets' chunks have one shape, and strides of their sets."""
+    call = fake_programs(monkeypatch)
+    plan, ids = Plan(), torch.zeros(2, 100, 3, dtype=torch.long)
+    for whole in (ids, ids[:, :50].contiguous(), ids):
+        part = Batch(torch.zeros(1, 5, 4), whole[:, :25], whole[:, :25])
+        (made_for, _), given = call(part, plan, None)
+        assert made_for == given
+
+
+def test_threads_that_train_at_once_do_not_take_each_others_program(monkeypatch):
+    call, found = fake_programs(monkeypatch, 0.1), []
+
+    def trains(size):
+        plan, ids = Plan(), torch.zeros(2, size, 3, dtype=torch.long)
+        batch = Batch(torch.zeros(1, size, 4), ids, ids)
+        for _ in range(50):
+            (made_for, _), given = call(batch, plan, None)
+            found.append(made_for == given)
+            time.sleep(0.002)
+
+    threads = [threading.Thread(target=trains, args=(size,)) for size in (10, 20, 30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 150 and all(found)

@@ -213,11 +213,12 @@ def half_way(heads: pd.DataFrame, strengths: Mapping[int, float], layer: int = 1
 
 def plateau(losses: pd.Series, change: float) -> tuple[float, float, float]:
     """Of losses (nats) by sequences seen: their median in the second quarter of the time to the phase change, by how much they fall
-    in that quarter, and in the half around `change` (Figure 3a). NaN where there are not enough."""
-    early, around = (losses[(losses.index >= a * change) & (losses.index <= b * change)]
-                     for a, b in ((1 / 4, 1 / 2), (3 / 4, 5 / 4)))
-    waits, falls = (part.iloc[0] - part.iloc[-1] if len(part) > 1 else math.nan for part in (early, around))
-    return float(early.median()), waits, falls
+    in that quarter, and in the half around `change` (Figure 3a), interpolated linearly. NaN where there is no change."""
+    if math.isnan(change):
+        return math.nan, math.nan, math.nan
+    a, b, c, d = np.interp([change / 4, change / 2, change * 3 / 4, change * 5 / 4], losses.index, losses)
+    early = losses[(losses.index >= change / 4) & (losses.index <= change / 2)]
+    return float(np.median([a, b, *early])), float(a - b), float(c - d)
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:

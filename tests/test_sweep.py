@@ -34,7 +34,7 @@ if wait:
         time.sleep(0.05)
 if x < 0:
     raise ArithmeticError(f"x is {x}")
-verdicts = [claims.judge("final-loss", [x / 100, x / 1000 + seed]), claims.judge("plateau", [])]
+verdicts = [claims.judge("final-loss", [x / 1000, x / 10_000 + seed]), claims.judge("plateau", [])]
 """]
 
 
@@ -89,7 +89,7 @@ GRID = {"x": [1, 4], "seed": [0, 1]}
 
 def expected(grid=GRID):
     return [(x, seed, nth, value, "differs" if seed else "holds")
-            for x in grid["x"] for seed in grid["seed"] for nth, value in enumerate((x / 100, x / 1000 + seed))]
+            for x in grid["x"] for seed in grid["seed"] for nth, value in enumerate((x / 1000, x / 10_000 + seed))]
 
 
 def rows(table):
@@ -341,7 +341,7 @@ def test_a_change_of_the_notebook_or_the_profile_is_another_point(notebook, tmp_
     [first] = sweep.points(notebook, {"x": [1]}, tmp_path)
     monkeypatch.setenv("IHBOOK_PROFILE", "quick")
     [second] = sweep.points(notebook, {"x": [1]}, tmp_path)
-    notebook.write_text(notebook.read_text().replace("x / 100", "x / 50"))
+    notebook.write_text(notebook.read_text().replace("x / 1000", "x / 500"))
     [third] = sweep.points(notebook, {"x": [1]}, tmp_path)
     assert len({first.folder, second.folder, third.folder}) == 3
     [same] = sweep.points(notebook, {"x": [1], "profile": ["quick"]}, tmp_path)

@@ -296,8 +296,9 @@ def _process(share: list[tuple[int, Block]], directory: Path, messages: queue.Qu
         except Exception as error:  # the end of its messages, or one that can't be read: either way it is not listened to again
             process.stdout.close()
             if code := process.wait():
-                messages.put(("failed", RuntimeError(f"a training process ended with status {code} ({error}); a call with a "
-                                                     "directory, or store.fetch, goes on from what it last saved")))
+                why = "" if isinstance(error, EOFError) else f", and what it said can't be read ({error})"
+                messages.put(("failed", RuntimeError(f"a training process ended with status {code}{why}; a call with a directory, or "
+                                                     "store.fetch, goes on from what it last saved")))
             messages.put(("ended", None))
 
     thread = threading.Thread(target=listen, daemon=True)

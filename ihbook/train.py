@@ -297,8 +297,8 @@ def _process(share: list[tuple[int, Block]], directory: Path, messages: queue.Qu
             process.stdout.close()
             if code := process.wait():
                 why = "" if isinstance(error, EOFError) else f", and what it said can't be read ({error})"
-                messages.put(("failed", RuntimeError(f"a training process ended with status {code}{why}; a call with a directory, or "
-                                                     "store.fetch, goes on from what it last saved")))
+                messages.put(("failed", RuntimeError(f"a training process ended with status {code}{why}; a call with a directory, "
+                                                     "or store.fetch, goes on from what it last saved")))
             messages.put(("ended", None))
 
     thread = threading.Thread(target=listen, daemon=True)

@@ -163,8 +163,8 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
         raise ValueError(f"{len(networks)} networks and {len(lists)} lists of clamps; give one list each, or one for all")
     if not networks:
         raise ValueError("there is nothing to measure; give at least one network and one list of clamps, which may be empty")
-    if others := {network.config for network in networks} - {networks[0].config}:
-        raise ValueError(f"the networks are {networks[0].config} and {others.pop()}; measure each architecture by itself")
+    if unlike := {network.config for network in networks} - {networks[0].config}:
+        raise ValueError(f"the networks are {networks[0].config} and {unlike.pop()}; measure each architecture by itself")
     config, n_pairs = networks[0].config, batch.labels.shape[2] - 1
     shape = Shape(config.n_layers, config.n_heads, n_pairs)
     for network, each in zip(networks, lists, strict=True):

@@ -155,8 +155,7 @@ class Store:
         A damaged folder is reported and removed, or without `mend`, which is for who holds the run's lock, passed over.
         """
         name, length = key(each)
-        lengths = sorted(int(path.name.rsplit("-", 1)[1]) for path in self._folders() if path.name.startswith(f"{name}-"))
-        for stored in lengths:
+        for stored in sorted(int(path.name.rsplit("-", 1)[1]) for path in self._folders(f"runs/{name}-*")):
             if stored < length:
                 continue
             folder = self.root / "runs" / f"{name}-{stored}"
@@ -181,10 +180,9 @@ class Store:
             folders.write(partial, each, result)
         return folders.read(self._folder(each), each.config)
 
-    def _folders(self, pattern: str = r"runs/[0-9a-f]{24}-\d+") -> list[Path]:
-        """The folders in the store of such names, relative to it: what else lies there is not the store's."""
-        found = [path for part in ("runs", "training") for path in self.root.glob(f"{part}/*")]
-        return [path for path in found if re.fullmatch(pattern, path.relative_to(self.root).as_posix()) and path.is_dir()]
+    def _folders(self, where: str = "runs/*", name: str = r"[0-9a-f]{24}-\d+") -> list[Path]:
+        """The folders there (a glob) of such names (a pattern): what else lies there is not the store's."""
+        return [path for path in self.root.glob(where) if re.fullmatch(name, path.name) and path.is_dir()]
 
     def entries(self) -> Iterator[Entry]:
         """Every stored run, the latest first; damaged ones with an empty config."""
@@ -215,7 +213,7 @@ class Store:
         old = time.time() - 86_400 * days if days is not None else -float("inf")
         gone = [e.folder for e in self.entries() if everything or e.folder in wrong or e.written < old
                 or e.config.get("version") != family.VERSION]
-        gone += self._folders(r"runs/\.[0-9a-f]{24}-\d+\..*|training/[0-9a-f]{24}")
+        gone += self._folders("runs/.*", r"\.[0-9a-f]{24}-\d+\..*") + self._folders("training/*", r"[0-9a-f]{24}")
         for folder in gone:
             shutil.rmtree(folder)
         shutil.rmtree(self.root / "locks", ignore_errors=True)

@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 
-from ihbook.store import Store
+from ihbook.engine.store import Store
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _sweep(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
-        from ihbook import sweep  # what it imports is slow, and the store does not need it
+        from ihbook.chapters import sweep  # what it imports is slow, and the store does not need it
 
         grid = sweep.grid(options.parameter)
         with sweep.places(options.processes, options.scheduler) as executor:

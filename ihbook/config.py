@@ -1,40 +1,19 @@
-"""What a run is: frozen values that decide every number, and a digest that names them."""
+"""What a run is: frozen values that decide every number."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
+
+from ihbook.checks import at_least, one_of, whole
+from ihbook.digest import digest
 
 BANKS = ("glyphs", "omniglot", "authors", "gaussian", "onehot")
 EMBEDDINGS = ("auto", "resnet18", "random")
 POSITIONS = ("rotary", "sinusoidal", "learned", "none")
 OPTIMISERS = ("adam", "sgd")
 SCHEDULES = ("constant", "cosine")
-
-
-def one_of(name: str, value: Any, allowed: tuple) -> None:
-    """Raise ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}")
-
-
-def at_least(name: str, value: float, least: float) -> None:
-    """Raise ValueError unless `value` is a number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a number of at least {least}")
-
-
-def whole(name: str, value: int, least: int) -> None:
-    """Raise ValueError unless `value` is an int of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        same = hasattr(value, "__index__") or (isinstance(value, float) and value.is_integer())  # NumPy's, or 5.0
-        hint = f"; write {int(value)}" if same and not isinstance(value, int) and value >= least else ""
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{hint}")
 
 
 @dataclass(frozen=True)
@@ -166,12 +145,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run's result. All lengths are in sequences seen.
+    """A run: everything that decides its result. All lengths are in sequences seen.
 
-    `clamps` hold throughout training and at every evaluation (see `ihbook.clamps`). `initial` are the weights to
-    start from (`ihbook.model.Weights`); None draws them with `init_seed`. Evaluations come at the first step at or
-    past each multiple of `eval_every`, checkpoints likewise; 0 means never. `heads_every` evaluates the `train` set, with
-    each head's strength, more often than that. `warmup` ramps the rate up linearly.
+    `clamps` hold throughout training and at every evaluation (`ihbook.clamps`). `initial` holds the weights to start from
+    (`ihbook.model.Weights`); None draws them with `init_seed`. Evaluations come at the first step at or past each multiple of
+    `eval_every`, checkpoints likewise; 0 means never. `heads_every` evaluates the `train` set, with each head's strength, more
+    often than that. `warmup` raises the learning rate linearly to `lr`. `metrics` and `eval_sets` are a reader's own, measured
+    beside the book's (`ihbook.metrics.Metric`, `ihbook.task.EvalSet`).
+
+    Raises ValueError that names the field whose value can't be.
     """
 
     bank: BankConfig = field(default_factory=BankConfig)
@@ -192,6 +174,8 @@ class RunConfig:
     eval_size: int = 1000
     heads_every: int = 0
     checkpoint_every: int = 0
+    metrics: tuple[Any, ...] = ()
+    eval_sets: tuple[Any, ...] = ()
 
     def __post_init__(self):
         for name, kind in (("bank", BankConfig), ("task", TaskConfig), ("model", ModelConfig)):
@@ -199,9 +183,15 @@ class RunConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a {kind.__name__}, such as {kind.__name__}()")
         if self.initial is not None and not hasattr(self.initial, "content_digest"):
             raise ValueError(f"initial={self.initial!r} must be Weights (ihbook.model.load_weights reads them), or None")
-        if hasattr(self.clamps, "writes"):
-            raise ValueError(f"clamps={self.clamps!r} is one clamp; give a list of them, clamps=[...]")
-        object.__setattr__(self, "clamps", tuple(self.clamps))
+        for name in ("clamps", "metrics", "eval_sets"):
+            try:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            except TypeError as error:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a list; give a list, {name}=[...]") from error
+        for name, method in (("metrics", "__call__"), ("eval_sets", "draw")):
+            for each in getattr(self, name):
+                if not isinstance(getattr(each, "name", None), str) or not hasattr(each, method):
+                    raise ValueError(f"{name} has {each!r}; each needs a `name`, a string, and a method {method}")
         for name in ("init_seed", "data_seed", "eval_seed", "warmup", "eval_every", "heads_every",
                      "checkpoint_every"):
             whole(name, getattr(self, name), 0)
@@ -221,44 +211,4 @@ class RunConfig:
     @property
     def digest(self) -> str:
         """Sixteen hex digits that name this value, the same in every process and on every machine."""
-        return hashlib.sha256(json.dumps(encode(self), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _code(kind: type) -> str:
-    """A digest of what a class's methods do, so that an edited one is another. What they call outside of the class is not seen."""
-    found = []
-    for name, each in sorted(vars(kind).items()):
-        function = getattr(each, "fget", None) or getattr(each, "__func__", each)  # of a property, a static or class method
-        if hasattr(function, "__code__"):
-            found.append((name, _instructions(function.__code__)))
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
-
-
-def _instructions(value: Any) -> Any:
-    """What a code object does, as JSON data, with the functions in it; or a constant of one, the same in every process."""
-    if hasattr(value, "co_code"):
-        return [value.co_code.hex(), value.co_names, [_instructions(constant) for constant in value.co_consts]]
-    if isinstance(value, (tuple, frozenset)):
-        parts = [_instructions(part) for part in value]
-        return parts if isinstance(value, tuple) else sorted(parts, key=repr)
-    return repr(value)
-
-
-def encode(value: Any) -> Any:
-    """`value` as plain JSON data. Dataclasses become {"type": name, field: ...}; weights their digest.
-
-    Raises TypeError for a value that has no such form, since it could not be told from another.
-    """
-    if hasattr(value, "content_digest"):
-        return {"type": type(value).__name__, "digest": value.content_digest}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        own = type(value).__module__.partition(".")[0] != "ihbook"  # a reader's clamp, which may change under its name
-        return {"type": type(value).__name__, **fields, **({"code": _code(type(value))} if own else {})}
-    if isinstance(value, (tuple, list)):
-        return [encode(item) for item in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)  # 1.0 and 1 are equal values, and must have one name
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"{value!r} can't be part of a run's digest; use numbers, strings, tuples and dataclasses")
+        return digest(self)[:16]

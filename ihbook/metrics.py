@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -11,18 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ihbook import compose
-from ihbook.clamps import CATALOGUE, Shape
-from ihbook.config import ModelConfig, one_of
-from ihbook.data import Batch
-from ihbook.model import Params, Weights, stack
+from ihbook.checks import one_of
+from ihbook.clamps import Clamp, Shape, compose
+from ihbook.config import ModelConfig
+from ihbook.model import Activations, Params, Weights, stack
+from ihbook.task import Batch
 
 LN2 = math.log(2)  # the loss of knowing which two labels are in context, but not which is right
-THRESHOLD = 0.4 * LN2  # the paper's sign of the phase change, in nats
+THRESHOLD = 0.4 * LN2  # the paper's sign of the phase change, in nats: 0.4 times that
 TOGETHER, CHUNK = 8, 1024  # finished networks, and their sequences, that are measured at once: what a core's caches hold
 
-NAMES = ("loss", "accuracy", "probability", "in_context_loss", "in_context_accuracy", "in_context_probability",
-         "context_probability")
+METRICS = ("loss", "accuracy", "probability", "in_context_loss", "in_context_accuracy", "in_context_probability",
+           "context_probability")
+
+
+class Metric(Protocol):
+    """A reader's own metric: any frozen dataclass with a `name` that can be called (see Extending)."""
+
+    name: str
+
+    def __call__(self, acts: Activations, batch: Batch) -> Tensor:
+        """Each sequence's value, `[run, batch]`. Of the last layer, `acts` has the query alone (all but `k` and `v`)."""
 
 
 def query_metrics(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -44,7 +54,7 @@ def query_metrics(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 
 def induction_strength(pattern: Tensor, batch: Batch) -> Tensor:
-    """Attention from the query to the right label tokens, less that to the wrong ones: `[run, batch, head]`.
+    """Attention from the query to the right label tokens minus that to the wrong ones, `[run, batch, head]`.
 
     `pattern` `[run, batch, head, q_pos, k_pos]`, whose last row is the query's. Figure 3b is its mean over sequences.
     """
@@ -60,28 +70,37 @@ def previous_token_attention(pattern: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def summed(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan) -> dict[str, Tensor]:
-    """Sums over a batch's sequences of `query_metrics`, `[run]`, and of each head's `strength` and `previous_token`,
-    `[run, layer, head]` (no `previous_token` of the last layer), under `plan`."""
+def summed(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan, more: Sequence[Metric] = ()) -> dict[str, Tensor]:
+    """Sums over a batch's sequences of `query_metrics` and a reader's `more`, `[run]`, and of each head's `strength` and
+    `previous_token`, `[run, layer, head]` (no `previous_token` of the last layer), under `plan`.
+
+    Raises ValueError where a reader's metric has another shape or the name of another one.
+    """
     acts = plan(params, batch, config, query_only=True)
     batch = batch.expand(len(acts.logits))
     patterns = [acts["pattern", i].expand(len(acts.logits), -1, -1, -1, -1) for i in range(config.n_layers)]
     values = query_metrics(acts.logits, batch)
+    for metric in more:
+        value = metric(acts, batch)
+        if metric.name in (*values, "strength", "previous_token") or value.shape[1:] != (len(batch),):
+            raise ValueError(f"metrics: {metric.name!r} has values {list(value.shape)}; they must be [run, batch], here "
+                             f"{list(values['loss'].shape)}, and the name its own")
+        values[metric.name] = value.expand_as(values["loss"])
     values["strength"] = torch.stack([induction_strength(p, batch) for p in patterns], 2)
     if len(patterns) > 1:
         values["previous_token"] = torch.stack([previous_token_attention(p) for p in patterns[:-1]], 2)
     return {name: value.sum(1) for name, value in values.items()}
 
 
-def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan, *, chunk: int = 4096,
-             summed: Callable[..., dict[str, Tensor]] = summed) -> dict[str, Tensor]:
+def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan, more: Sequence[Metric] = (), *,
+             chunk: int = 4096, summed: Callable[..., dict[str, Tensor]] = summed) -> dict[str, Tensor]:
     """Means over a batch's sequences of what `summed` sums, `chunk` sequences at a time, float64.
 
     `previous_token` is NaN for the last layer, of which only the query's row is computed.
     """
     totals: dict[str, Tensor] = {}
     for part in batch.split(chunk):
-        for name, value in summed(params, part, config, plan).items():
+        for name, value in summed(params, part, config, plan, tuple(more)).items():
             totals[name] = totals.get(name, 0) + value.double()
     means = {name: total / len(batch) for name, total in totals.items()}
     missing = torch.full_like(means["strength"][:, :1], math.nan)
@@ -89,14 +108,14 @@ def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: compose.Pl
     return means
 
 
-def measure(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence[Sequence] = ((),), *,
-            chunk: int = CHUNK) -> dict[str, Tensor]:
-    """`evaluate` for finished networks: one network under each list of clamps, or each network under its own.
+def measure(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence[Sequence[Clamp]] = ((),), *,
+            metrics: Sequence[Metric] = (), chunk: int = CHUNK) -> dict[str, Tensor]:
+    """`evaluate` for finished networks: one network under each list of clamps, or each network under its own, `[list, …]`.
 
-    `batch` is of one run and serves all; `chunk` sequences are computed at once, over all networks, of which those that are
-    the same until a clamp differs count half. Raises ValueError where the numbers of networks and clamps do not match.
+    `batch` is of one run and serves all; `metrics` are a reader's own. `chunk` sequences are computed at once, over all networks; a
+    prefix that several networks share counts half. Raises ValueError where the numbers of networks and clamps do not match.
     """
-    found = [(evaluate(params, every, config, plan, chunk=max(1, 2 * chunk // (len(every.ids) + n))), n)
+    found = [(evaluate(params, every, config, plan, metrics, chunk=max(1, 2 * chunk // (len(every.ids) + n))), n)
              for params, every, config, plan, n in _clamped(weights, batch, clamps)]
     return {name: torch.cat([each[name].expand(n, *each[name].shape[1:]) for each, n in found]) for name in found[0][0]}
 
@@ -155,7 +174,7 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
     """Finished networks, each under its clamps, `TOGETHER` of them as one program: parameters, sequences, how many these are.
 
     One network under many clamps has a run axis of 1, which becomes as long as the clamps only where they differ: what comes
-    before is computed once for all of them. Not so under a reader's own clamps, whose sources may count on one length.
+    before is computed once for all of them. Not so under a clamp that does not declare `broadcasts`.
     """
     networks = [weights] * len(clamps) if isinstance(weights, Weights) else list(weights)
     lists = list(clamps) * len(networks) if len(clamps) == 1 else list(clamps)
@@ -171,9 +190,9 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
         compose.check(each, shape, network)
     for i in range(0, len(lists), TOGETHER):
         some = [compose.active(each, math.inf) for each in lists[i:i + TOGETHER]]
-        plan = compose.plan(some, config, n_pairs, dtype=networks[0].tensors["unembed.bias"].dtype)
-        ours = all(type(clamp) in CATALOGUE for each in some for clamp in each)
-        shared = ours and isinstance(weights, Weights) and plan.donor is None
+        plan = compose.make_plan(some, config, n_pairs, dtype=networks[0].tensors["unembed.bias"].dtype)
+        broadcasts = all(getattr(clamp, "broadcasts", False) for each in some for clamp in each)
+        shared = broadcasts and isinstance(weights, Weights) and plan.donor is None
         params = stack([weights] if shared else networks[i:i + TOGETHER])
         yield params, batch.expand(len(params["unembed.bias"])), config, plan, len(some)
 

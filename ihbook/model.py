@@ -12,20 +12,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ihbook.config import ModelConfig, encode
-from ihbook.data import Batch, seeded
+from ihbook.config import ModelConfig
+from ihbook.digest import encode
+from ihbook.task import Batch, seeded
 
 FEW = 256  # exemplars that are embedded once each, rather than wherever they stand
 Params = dict[str, Tensor]  # name -> [run, ...]; matrices as [run, out, in]
@@ -54,35 +51,43 @@ def to_inside(name: str, x: Tensor) -> Tensor:
     return x.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
+# A function of the activations so far that gives an activation in the caller's order of axes. None stands for the constant 1.
+Source = Callable[["Activations"], Tensor]
+Terms = tuple[tuple[Tensor, Source | None], ...]  # coefficients and sources, of which the sum of the products is meant
+
+
 @dataclass(frozen=True)
 class Override:
-    """What a forward pass reads in place of what it computed, for one activation.
+    """What a forward pass reads in place of what it computed, for one activation x.
 
-    First x ← x · scale, then the entries in `where` ← Σ coefficient · source, the sources being functions of the
-    activations so far (None: the constant 1). Tensors broadcast to the activation inside. Gradients: a replaced entry
-    passes none to x; sources and coefficients pass theirs.
+    First x ← x · scale. Then the entries in `where` ← Σ coefficient · source over `terms`. Then x ← x + Σ coefficient · source over
+    `added`. A source may read x itself, as it was computed. Tensors broadcast to the activation inside. Gradients: a replaced entry
+    passes none to x, unless a source reads it; scale, sources and coefficients pass theirs.
     """
 
     where: Tensor | None = None
-    terms: tuple[tuple[Tensor, Callable[[Activations], Tensor] | None], ...] = ()
+    terms: Terms = ()
     scale: Tensor | None = None
+    added: Terms = ()
 
     def apply(self, name: str, x: Tensor, acts: Activations) -> Tensor:
         axis = {"head": 3, "stream": 2, "attention": 2}.get(KIND[name])  # of the positions that may be left out
+        length = x.shape[axis] if axis else 0
 
         def fit(y: Tensor) -> Tensor:
-            short = axis is not None and x.shape[axis] < y.shape[axis]
-            return y.narrow(axis, y.shape[axis] - x.shape[axis], x.shape[axis]) if short else y
+            return y.narrow(axis, y.shape[axis] - length, length) if axis and length < y.shape[axis] else y
+
+        def total(terms: Terms, start: Tensor) -> Tensor:
+            for coefficient, source in terms:
+                term = fit(coefficient)
+                start = start + (term if source is None else term * fit(to_inside(name, source(acts))))
+            return start
 
         if self.scale is not None:
             x = x * fit(self.scale)
-        if self.where is None:
-            return x
-        value = x.new_zeros(())
-        for coefficient, source in self.terms:
-            term = fit(coefficient)
-            value = value + (term if source is None else term * fit(to_inside(name, source(acts))))
-        return torch.where(fit(self.where), value, x)
+        if self.where is not None:
+            x = torch.where(fit(self.where), total(self.terms, x.new_zeros(())), x)
+        return total(self.added, x)
 
 
 Overrides = Mapping[Site, Override]
@@ -90,7 +95,10 @@ Overrides = Mapping[Site, Override]
 
 @dataclass
 class Activations:
-    """The named activations of one forward pass: `acts["pattern", 1]` in the caller's order (see the module)."""
+    """The named activations of one forward pass: `acts["pattern", 1]` in the caller's order (see the module).
+
+    Raises KeyError for an activation that is not there, or not yet.
+    """
 
     params: Params
     batch: Batch
@@ -98,7 +106,7 @@ class Activations:
     query_only: bool = False
     donor: Params | None = None
     inside: dict[Site, Tensor] = field(default_factory=dict)
-    passes: dict[str, Activations] = field(default_factory=dict)
+    other_passes: dict[str, Activations] = field(default_factory=dict)
 
     def __getitem__(self, site: Site) -> Tensor:
         name, layer = site
@@ -116,17 +124,17 @@ class Activations:
     @property
     def unclamped(self) -> Activations:
         """A pass of the same network with no overrides at all; gradients flow through it."""
-        if "unclamped" not in self.passes:
-            self.passes["unclamped"] = forward(self.params, self.batch, self.config, query_only=self.query_only)
-        return self.passes["unclamped"]
+        if "unclamped" not in self.other_passes:
+            self.other_passes["unclamped"] = forward(self.params, self.batch, self.config, query_only=self.query_only)
+        return self.other_passes["unclamped"]
 
     @property
     def of_donor(self) -> Activations:
         """The frozen donor's own pass over the same sequences; no gradients."""
-        if "of_donor" not in self.passes:
+        if "of_donor" not in self.other_passes:
             with torch.no_grad():
-                self.passes["of_donor"] = forward(self.donor, self.batch, self.config)
-        return self.passes["of_donor"]
+                self.other_passes["of_donor"] = forward(self.donor, self.batch, self.config)
+        return self.other_passes["of_donor"]
 
 
 def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overrides | None = None, *,
@@ -141,9 +149,9 @@ def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overri
     overrides = overrides or {}
 
     def put(name: str, layer: int | None, x: Tensor) -> Tensor:
+        acts.inside[name, layer] = x  # a source may read what it replaces
         if (name, layer) in overrides:
-            x = overrides[name, layer].apply(name, x, acts)
-        acts.inside[name, layer] = x
+            acts.inside[name, layer] = x = overrides[name, layer].apply(name, x, acts)
         return x
 
     x = put("token_embed", None, embed(params, batch, config))
@@ -252,8 +260,8 @@ def layer_norm(x: Tensor, params: Params, name: str, config: ModelConfig) -> Ten
 def turns(n_positions: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of pos · base^(-2i / width), each `[width / 2, pos]`.
 
-    On a CPU of Python's numbers, so that they are constants of a compiled program, which would else compute them at every use;
-    on a GPU computed there, since a captured step may not copy from the host.
+    On a CPU, built from Python floats so that the compiler embeds the table as a constant. On a GPU, computed there, since a
+    captured step may not copy from the host.
     """
     if like.device.type == "cpu":
         angles = [[pos * base ** (-i / width) for pos in range(n_positions)] for i in range(0, width, 2)]
@@ -367,33 +375,3 @@ def stack(networks: list[Weights], device: str | torch.device = "cpu") -> Params
     if len({(w.config, w.d_exemplar, w.n_labels) for w in networks}) != 1:
         raise ValueError("only networks of one architecture, exemplar dim and label count stack into one program")
     return {name: torch.stack([w.tensors[name] for w in networks]).to(device) for name in networks[0].tensors}
-
-
-def save_weights(weights: Weights, path: str | Path) -> None:
-    """Write a safetensors file, whole or not at all; the architecture goes into its metadata."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(dict(weights.tensors), partial, metadata={"config": json.dumps(asdict(weights.config))})
-    os.replace(partial, path)
-
-
-def load_weights(path: str | Path, config: ModelConfig | None = None) -> Weights:
-    """Read a safetensors file. `config` is needed only for files that `save_weights` did not write.
-
-    Raises FileNotFoundError, or ValueError where the file is damaged, says no architecture, or another one.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}; train a run first, or check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Copies: what is mapped from a file would change, or go, with the file.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); delete it and train or copy it again") from error
-    stored = ModelConfig(**json.loads(metadata["config"])) if "config" in metadata else config
-    if stored is None:
-        raise ValueError(f"{path} does not say its architecture; pass config=ModelConfig(...)")
-    if config is not None and config != stored:
-        raise ValueError(f"{path} holds a network of {stored}, not of {config}; leave config out")
-    return Weights(stored, tensors)

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ihbook.config import at_least, whole
+from ihbook.checks import at_least, whole
 
 NAMES = ("a", "b", "c")
 
@@ -23,7 +23,7 @@ def loss(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
     return 0.5 * (inner(truth, truth) - 2 * inner(vectors, truth) + inner(vectors, vectors)) / size
 
 
-def train(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, float | Sequence[float]] = (), *, n_dims: int = 20,
+def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, float | Sequence[float]] = (), *, n_dims: int = 20,
           n_iterations: int = 1000, lr: float = 1.0) -> pd.DataFrame:
     """Gradient descent on `loss` from N(0, I), a run a seed, the vectors in `clamped` being the truth throughout (Figures 5a, 9).
 

@@ -1,5 +1,8 @@
 """The parity cases: the clamps of each golden case, by name."""
 
+import dataclasses
+
+import ihbook.clamps
 from ihbook.clamps import (
     Ablate,
     BlockPreviousToken,
@@ -17,6 +20,11 @@ from ihbook.config import ModelConfig
 
 ONLY_3 = Ablate(tuple((1, h) for h in range(8) if h != 3))
 PT_HEADS = ((0, 1), (0, 2), (0, 5))
+
+
+def catalogue():
+    """Every kind of clamp that the package has."""
+    return {kind for kind in vars(ihbook.clamps).values() if dataclasses.is_dataclass(kind) and hasattr(kind, "writes")}
 
 
 def clamps(donor):

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from ihbook.banks import Bank
 from ihbook.config import ModelConfig
-from ihbook.data import from_exemplars
 from ihbook.model import Weights
+from ihbook.task import Bank, from_exemplars
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"

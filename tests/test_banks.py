@@ -20,9 +20,11 @@ import torch
 from PIL import Image
 
 from ihbook import banks
-from ihbook.banks import load_bank
+from ihbook.banks import authors as h5_file
+from ihbook.banks import downloads, load_bank
+from ihbook.banks import omniglot as archives
+from ihbook.banks.glyphs import draw_glyphs
 from ihbook.config import BankConfig
-from ihbook.glyphs import draw_glyphs
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -34,13 +36,17 @@ def shared():
     return SHARED
 
 
+def downloads_are_from(monkeypatch, url):
+    monkeypatch.setattr(archives, "OMNIGLOT_URL", url)
+    monkeypatch.setattr(h5_file, "AUTHORS_URL", url)
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """An empty cache for each test; nothing may leave this machine."""
     monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("OMNIGLOT_URL", "AUTHORS_URL"):
-        monkeypatch.setattr(banks, name, "http://127.0.0.1:1/")  # a port where nobody listens
+    downloads_are_from(monkeypatch, "http://127.0.0.1:1/")  # a port where nobody listens
     return tmp_path / "cache"
 
 
@@ -154,7 +160,7 @@ def test_what_a_bank_cannot_use_is_refused():
 # --- the authors' file -----------------------------------------------------------------------------------------------
 
 
-def h5_bytes(features, name=banks.AUTHORS_DATASET):
+def h5_bytes(features, name=h5_file.AUTHORS_DATASET):
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         file[name] = features
@@ -447,8 +453,7 @@ def server(tmp_path, monkeypatch):
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        for name in ("OMNIGLOT_URL", "AUTHORS_URL"):
-            monkeypatch.setattr(banks, name, f"http://127.0.0.1:{httpd.server_port}/")
+        downloads_are_from(monkeypatch, f"http://127.0.0.1:{httpd.server_port}/")
         yield types.SimpleNamespace(root=root, asked=asked)
         httpd.shutdown()
 
@@ -459,13 +464,13 @@ def blob_id(content):
 
 def test_authors_file_is_downloaded_once_and_verified_each_time(server, cache, monkeypatch):
     content = h5_bytes(features((8, 2, 512)))
-    (server.root / banks.AUTHORS_FILE).write_bytes(content)
-    monkeypatch.setattr(banks, "AUTHORS_BLOB", blob_id(content))
+    (server.root / h5_file.AUTHORS_FILE).write_bytes(content)
+    monkeypatch.setattr(h5_file, "AUTHORS_BLOB", blob_id(content))
     config = BankConfig("authors", n_exemplars=2)
     bank = load_bank(config)
     assert bank.n_classes == 8 and len(server.asked) == 1
     assert load_bank(config).digest == bank.digest and len(server.asked) == 1
-    cached = cache / banks.AUTHORS_FILE
+    cached = cache / h5_file.AUTHORS_FILE
     assert list(cache.iterdir()) == [cached]
     cached.write_bytes(content[:-1] + b"x")
     assert load_bank(config).digest == bank.digest and len(server.asked) == 2
@@ -473,7 +478,7 @@ def test_authors_file_is_downloaded_once_and_verified_each_time(server, cache, m
 
 
 def test_wrong_bytes_for_the_authors_file_leave_nothing_behind(server, cache):
-    (server.root / banks.AUTHORS_FILE).write_bytes(h5_bytes(features()))
+    (server.root / h5_file.AUTHORS_FILE).write_bytes(h5_bytes(features()))
     with pytest.raises(RuntimeError, match="not the expected file.*git blob id .* not 9eb588c5.*path="):
         load_bank(BankConfig("authors"))
     assert list(cache.iterdir()) == []
@@ -487,7 +492,7 @@ def test_omniglot_archives_are_downloaded_once_and_verified_each_time(server, ca
         load_bank(config)
     assert list(cache.iterdir()) == []
     md5 = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in sorted(server.root.iterdir())}
-    monkeypatch.setattr(banks, "OMNIGLOT_MD5", md5)
+    monkeypatch.setattr(archives, "OMNIGLOT_MD5", md5)
     server.asked.clear()
     bank = load_bank(config)
     assert bank.n_classes == 7 and set(bank.metadata["archives_sha256"]) == set(md5) and len(server.asked) == 2
@@ -502,9 +507,8 @@ def test_no_network_is_said_within_seconds(name, cache, monkeypatch):
     with pytest.raises(RuntimeError, match="could not download http.*check the network.*IHBOOK_CACHE.*path="):
         load_bank(BankConfig(name))
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call and never answers
-        for constant in ("OMNIGLOT_URL", "AUTHORS_URL"):
-            monkeypatch.setattr(banks, constant, f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        monkeypatch.setattr(banks, "TIMEOUT", 0.5)
+        downloads_are_from(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
         with pytest.raises(RuntimeError, match="could not download"):
             load_bank(BankConfig(name))
     assert time.monotonic() - began < 8
@@ -522,6 +526,6 @@ def test_a_missing_page_and_an_unwritable_cache_are_errors(server, cache, tmp_pa
 
 def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch):
     monkeypatch.delenv("IHBOOK_CACHE")
-    assert "ihbook" in str(banks.cache_dir())
+    assert "ihbook" in str(downloads.cache_dir())
     monkeypatch.setenv("IHBOOK_CACHE", "/elsewhere")
-    assert banks.cache_dir() == Path("/elsewhere")
+    assert downloads.cache_dir() == Path("/elsewhere")

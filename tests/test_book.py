@@ -12,7 +12,7 @@ import papermill
 import pytest
 from conftest import BUILD, ROOT, TOOLS, copy_of_the_book, shared
 
-from ihbook.claims import CLAIMS
+from ihbook.chapters.claims import CLAIMS
 
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ihbook import clamps, compose, step
-from ihbook import train as training
+from ihbook import clamps
+from ihbook.clamps import compose
 from ihbook.config import ModelConfig, RunConfig, TaskConfig
-from ihbook.data import Batch
+from ihbook.engine import captured, step
+from ihbook.engine import train as training
 from ihbook.model import Weights, initial_weights, stack
+from ihbook.task import Batch
 
 MODEL = ModelConfig(d_model=16, n_heads=2)
 RUN = RunConfig(task=TaskConfig(n_classes=10, n_test_classes=10), model=MODEL, n_sequences=16_000, lr=3e-3, eval_every=4000,
@@ -43,8 +45,8 @@ def step_on_meta(config, chosen, noise=False):
     params = stack(networks, "meta")
     ids = torch.zeros(2, 32, 3, dtype=torch.long, device="meta")
     batch = Batch(torch.zeros(1, 20, 12, device="meta"), ids, ids, torch.zeros(2, 32, 3, 12, device="meta") if noise else None)
-    plan = compose.plan([chosen, ()], config, 2, device="meta")
-    moments, scalars = step.moments_of(params, run), torch.zeros(3, device="meta")
+    plan = compose.make_plan([chosen, ()], config, 2, device="meta")
+    moments, scalars = step.initial_moments(params, run), torch.zeros(3, device="meta")
     with Device():
         assert step.train_step(params, moments, batch, plan, config, scalars).shape == (2,)
 
@@ -121,7 +123,7 @@ def train(runs, bank, device="cpu", compile=False):
 def test_captured_steps_are_the_plain_ones(small_bank, tapes, monkeypatch, runs, captures):
     """Over chunks of sequences, a window that opens and closes, and a run that leaves; each needs a graph of its own."""
     plain = train(runs, small_bank)
-    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=step._capturing(step.train_step)))
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=captured.capturing(step.train_step)))
     for a, b in zip(plain, train(runs, small_bank), strict=True):
         pd.testing.assert_frame_equal(a.metrics, b.metrics, check_exact=True)
         assert a.weights == b.weights and a.checkpoints == b.checkpoints
@@ -134,7 +136,7 @@ def test_where_nothing_can_be_captured_training_is_plain_and_says_so(small_bank,
 
     monkeypatch.setattr(torch.cuda, "Stream", broken)
     plain = train([RUN], small_bank)
-    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=step._capturing(step.train_step)))
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=captured.capturing(step.train_step)))
     with pytest.warns(UserWarning, match="no streams here") as warned:
         [result] = train([RUN], small_bank)
     assert result.weights == plain[0].weights and len(warned) == 1
@@ -159,7 +161,7 @@ def test_a_family_is_as_it_was_where_the_first_calls_fail(small_bank, tapes, mon
         return step.train_step(*args)
 
     plain = train([RUN], small_bank)
-    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=step._capturing(third_time_unlucky)))
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=captured.capturing(third_time_unlucky)))
     with pytest.warns(UserWarning, match="out of memory"):
         [result] = train([RUN], small_bank)
     assert result.weights == plain[0].weights and not tapes

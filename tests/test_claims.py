@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from ihbook import claims, experiments
-from ihbook.experiments import Settings
+from ihbook.chapters import claims, experiments
+from ihbook.chapters.experiments import Settings
 
 QUICK = Settings("quick")
 

@@ -6,14 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import catalogue
 from cases import clamps as golden_clamps
 
 from ihbook import clamps as c
-from ihbook import compose
+from ihbook.clamps import compose, run_with_clamps
 from ihbook.config import ModelConfig, RunConfig
-from ihbook.data import from_exemplars
+from ihbook.engine import flat
 from ihbook.metrics import cross_entropy
-from ihbook.model import forward, initial_weights, stack
+from ihbook.model import Override, forward, initial_weights, stack
+from ihbook.task import from_exemplars
 
 SHAPE = c.Shape(n_layers=2, n_heads=8, n_pairs=2)
 TINY = ModelConfig(d_model=8, n_heads=2)
@@ -34,19 +36,19 @@ def every_clamp(donor):
     return [c.Ablate((1, 0)), c.Preserve("patterns"), c.Preserve("values"), c.Preserve("queries"), c.Preserve("keys"),
             c.PreviousToken((0, 1), 0.7), c.BlockPreviousToken((0, 0)), c.Induction((1, 1), 0.8),
             c.SimilarityMatch((1, 1), 0.5), c.HeadTemperature((1, 0), 2.0), c.LabelAttentionOnly((1, 1)), c.Copy((1, 1)),
-            c.PerfectLayer1(), c.Graft(donor), c.Graft(donor, part="above"), c.AblateEmbedding()]
+            c.PerfectLayer1(), c.Graft(donor), c.Graft(donor, part="above"), c.AblateEmbedding(),
+            c.Steer("resid_pre", 1, range(8), [-1])]
 
 
 def test_every_kind_of_clamp_is_in_the_list_above():
-    kinds = {k for k in vars(c).values() if isinstance(k, type) and dataclasses.is_dataclass(k) and hasattr(k, "writes")}
     donor = initial_weights(TINY, 4, 5, 0)
-    assert {type(clamp) for clamp in every_clamp(donor)} == {k for k in kinds if not k.__name__.startswith("_")} - {c.During}
+    assert {type(clamp) for clamp in every_clamp(donor)} == catalogue() - {c.During}
 
 
 def test_no_clamps_is_the_identity_bit_for_bit(networks, batch):
     params = stack([networks[0]])
     plain = forward(params, batch, networks[0].config)
-    clamped = compose.plan([()], networks[0].config, 2)(params, batch, networks[0].config)
+    clamped = compose.make_plan([()], networks[0].config, 2)(params, batch, networks[0].config)
     assert plain.inside.keys() == clamped.inside.keys()
     assert all(torch.equal(plain.inside[site], clamped.inside[site]) for site in plain.inside)
 
@@ -54,7 +56,7 @@ def test_no_clamps_is_the_identity_bit_for_bit(networks, batch):
 @pytest.mark.parametrize("name", [name for name in golden_clamps(initial_weights(ModelConfig(), 32, 5, 0)) if name != "none"])
 def test_a_replaced_entry_gets_exactly_no_gradient(name, networks, batch):
     weights = networks[0]
-    plan = compose.plan([golden_clamps(networks[1])[name]], weights.config, 2)
+    plan = compose.make_plan([golden_clamps(networks[1])[name]], weights.config, 2)
     acts = plan(stack([weights]), batch, weights.config)
     for (site, _), override in plan.overrides.items():
         x = torch.randn_like(acts.inside[site, _]).requires_grad_()
@@ -69,7 +71,7 @@ def test_a_replaced_entry_gets_exactly_no_gradient(name, networks, batch):
 
 def gradients(weights, batch, chosen):
     params = {name: p.requires_grad_() for name, p in stack([weights]).items()}
-    acts = compose.plan([chosen], weights.config, 2)(params, batch, weights.config)
+    acts = compose.make_plan([chosen], weights.config, 2)(params, batch, weights.config)
     cross_entropy(acts.logits, batch).sum().backward()
     return {name: p.grad[0] for name, p in params.items()}
 
@@ -100,7 +102,7 @@ def _float64_case(chosen, config=TINY):
     weights = initial_weights(config, 4, 5, seed=3)
     params = {name: (20 if "embed.weight" in name else 3 if p.ndim > 2 else 1) * p.double()
               for name, p in stack([weights]).items()}
-    plan = compose.plan([chosen], config, 2, dtype=torch.float64)
+    plan = compose.make_plan([chosen], config, 2, dtype=torch.float64)
     names = list(params)
 
     def loss(*values):
@@ -128,10 +130,10 @@ def test_gradients_agree_with_finite_differences(chosen):
 
 def test_a_family_of_different_clamps_equals_each_alone(networks, batch):
     cases = golden_clamps(networks[1])
-    family = compose.plan(list(cases.values()), networks[0].config, 2)
+    family = compose.make_plan(list(cases.values()), networks[0].config, 2)
     together = family(stack([networks[0]] * len(cases)), batch.expand(len(cases)), networks[0].config)
     for i, chosen in enumerate(cases.values()):
-        alone = compose.run(networks[0], batch, chosen)
+        alone = run_with_clamps(networks[0], batch, chosen)
         torch.testing.assert_close(together.logits[i], alone.logits[0], atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(together["pattern", 1][i], alone["pattern", 1][0], atol=2e-6, rtol=1e-5)
 
@@ -148,11 +150,11 @@ def test_a_program_made_for_all_clamps_gives_each_what_its_own_gives(networks, b
 
         return torch.func.grad(total, has_aux=True)(params)
 
-    plans = [compose.plan([chosen], config, 2, also=cases) for chosen in cases]
-    assert len({plan.form for plan in plans}) == 1
-    assert len({compose.plan([chosen], config, 2).form for chosen in cases}) > 10
+    plans = [compose.make_plan([chosen], config, 2, compile_with=cases) for chosen in cases]
+    assert len({flat.form_of(plan) for plan in plans}) == 1
+    assert len({flat.form_of(compose.make_plan([chosen], config, 2)) for chosen in cases}) > 10
     for chosen, plan in zip(cases, plans, strict=True):
-        (gradients, logits), (own_gradients, own_logits) = both(plan), both(compose.plan([chosen], config, 2))
+        (gradients, logits), (own_gradients, own_logits) = both(plan), both(compose.make_plan([chosen], config, 2))
         torch.testing.assert_close(logits, own_logits, atol=2e-6, rtol=1e-5)
         for name, g in own_gradients.items():
             torch.testing.assert_close(gradients[name], g, atol=2e-6, rtol=1e-4, msg=f"{chosen}: {name}")
@@ -161,7 +163,7 @@ def test_a_program_made_for_all_clamps_gives_each_what_its_own_gives(networks, b
 # What each clamp sets, read off the activations.
 
 def test_patterns_that_clamps_set(networks, batch):
-    acts = compose.run(networks[0], batch, (c.PreviousToken((0, 2), 0.75), c.Induction((1, 3), 0.9)))
+    acts = run_with_clamps(networks[0], batch, (c.PreviousToken((0, 2), 0.75), c.Induction((1, 3), 0.9)))
     expected = torch.tensor([[1, 0, 0, 0, 0], [.75, .25, 0, 0, 0], [0, .75, .25, 0, 0], [0, 0, .75, .25, 0], [0, 0, 0, .75, .25]])
     assert torch.equal(acts["pattern", 0][0, :, 2], expected.expand(64, 5, 5))
     right = batch.in_context[0]
@@ -174,10 +176,10 @@ def test_more_pairs_share_the_strength_and_add_probabilities():
     labels = torch.tensor([[2, 4, 2, 0, 2], [1, 1, 1, 1, 1]])
     batch = small_batch(4, 2, labels=labels)
     weights = initial_weights(TINY, 4, 5, 0)
-    row = compose.run(weights, batch, (c.Induction((1, 0), 0.8),))["pattern", 1][0, :, 0, -1, 1::2]
+    row = run_with_clamps(weights, batch, (c.Induction((1, 0), 0.8),))["pattern", 1][0, :, 0, -1, 1::2]
     torch.testing.assert_close(row, torch.tensor([[.4, .1, .4, .1], [.25, .25, .25, .25]]))
 
-    acts = compose.run(weights, batch, (c.Copy((1, 1)),))
+    acts = run_with_clamps(weights, batch, (c.Copy((1, 1)),))
     scores = acts["attn_scores", 1][0, 0, 1, -1, 1::2]
     p = acts.logits[0, 0].softmax(0)
     torch.testing.assert_close(p[[2, 4, 0]], torch.stack([scores[[0, 2]].exp().sum(), scores[1].exp(), scores[3].exp()])
@@ -187,20 +189,20 @@ def test_more_pairs_share_the_strength_and_add_probabilities():
 
 def test_similarity_match_takes_the_nearest_exemplar():
     batch = small_batch()
-    row = compose.run(initial_weights(TINY, 4, 5, 0), batch, (c.SimilarityMatch((1, 1)),))["pattern", 1][0, :, 1, -1]
+    row = run_with_clamps(initial_weights(TINY, 4, 5, 0), batch, (c.SimilarityMatch((1, 1)),))["pattern", 1][0, :, 1, -1]
     x = batch.exemplars[0]
     nearest = torch.nn.functional.cosine_similarity(x[:, :2], x[:, 2:], dim=-1).argmax(1)
     assert torch.equal(row[:, 1::2].argmax(1), nearest) and torch.equal(row.sum(1), torch.ones(6))
 
 
 def test_ablated_embedding_leaves_only_biases(networks, batch):
-    logits = compose.run(networks[0], batch, (c.AblateEmbedding(),)).logits[0]
+    logits = run_with_clamps(networks[0], batch, (c.AblateEmbedding(),)).logits[0]
     assert torch.equal(logits, logits[:1].expand_as(logits))
 
 
 def test_perfect_layer_1_with_absolute_positions_moves_the_embedding_with_its_position():
     config = ModelConfig(d_model=8, n_heads=2, positions="sinusoidal")
-    acts = compose.run(initial_weights(config, 4, 5, 0), small_batch(), (c.PerfectLayer1(),))
+    acts = run_with_clamps(initial_weights(config, 4, 5, 0), small_batch(), (c.PerfectLayer1(),))
     x, seen = acts["token_embed", None], acts["qk_input", 1]
     assert torch.equal(seen, torch.stack([x[:, :, i] for i in (0, 0, 1, 2, 4)], 2))
     assert torch.equal(acts["resid_pre", 1], x)
@@ -211,9 +213,9 @@ def test_perfect_layer_1_with_absolute_positions_moves_the_embedding_with_its_po
 def test_what_another_clamp_sets_wins_over_what_is_preserved(other, networks, batch):
     """Preserving everything but that clamp's doing: its pattern is as without the preservation."""
     layer = 0 if isinstance(other, (c.PreviousToken, c.BlockPreviousToken)) else 1
-    with_it = compose.run(networks[0], batch, (other, c.Preserve("patterns")))["pattern", layer][0, :, 1, -1]
-    alone = compose.run(networks[0], batch, (other,))["pattern", layer][0, :, 1, -1]
-    clean = compose.run(networks[0], batch)["pattern", layer][0, :, 1, -1]
+    with_it = run_with_clamps(networks[0], batch, (other, c.Preserve("patterns")))["pattern", layer][0, :, 1, -1]
+    alone = run_with_clamps(networks[0], batch, (other,))["pattern", layer][0, :, 1, -1]
+    clean = run_with_clamps(networks[0], batch)["pattern", layer][0, :, 1, -1]
     torch.testing.assert_close(with_it, alone)
     assert not torch.allclose(with_it, clean, atol=1e-3)
 
@@ -230,9 +232,9 @@ def deep_network(seed):
 @pytest.mark.parametrize("what, name", list(c.Preserve.NAMES.items()))
 def test_every_layer_is_preserved(what, name):
     weights, batch = deep_network(0), small_batch()
-    clean = compose.run(weights, batch)
-    acts = compose.run(weights, batch, (c.Ablate(((0, 0), (1, 1))), c.Preserve(what)))
-    lost = compose.run(weights, batch, (c.Ablate(((0, 0), (1, 1))),))
+    clean = run_with_clamps(weights, batch)
+    acts = run_with_clamps(weights, batch, (c.Ablate(((0, 0), (1, 1))), c.Preserve(what)))
+    lost = run_with_clamps(weights, batch, (c.Ablate(((0, 0), (1, 1))),))
     for layer in range(3):
         kept, plain, without = (a[name, layer].clone() for a in (acts, clean, lost))
         if name == "v":  # the ablated values win
@@ -244,28 +246,28 @@ def test_every_layer_is_preserved(what, name):
 
 @pytest.mark.parametrize("what, name", list(c.Preserve.NAMES.items()))
 def test_layer_2_under_the_layer_1_clamp_is_not_preserved(what, name, networks, batch):
-    both = compose.run(networks[0], batch, (c.PerfectLayer1(), c.Preserve(what)))
-    alone, clean = compose.run(networks[0], batch, (c.PerfectLayer1(),)), compose.run(networks[0], batch)
+    both = run_with_clamps(networks[0], batch, (c.PerfectLayer1(), c.Preserve(what)))
+    alone, clean = run_with_clamps(networks[0], batch, (c.PerfectLayer1(),)), run_with_clamps(networks[0], batch)
     assert torch.equal(both[name, 1], alone[name, 1]) and not torch.allclose(both[name, 1], clean[name, 1], atol=1e-3)
     assert torch.equal(both.logits, alone.logits)
 
 
 def test_scores_that_are_set_are_not_divided(networks, batch):
     chosen = c.BlockPreviousToken((0, 1)), c.HeadTemperature((0, 1), 4.0)
-    both = compose.run(networks[0], batch, chosen)["attn_scores", 0][0, :, 1]
-    clean = compose.run(networks[0], batch)["attn_scores", 0][0, :, 1]
+    both = run_with_clamps(networks[0], batch, chosen)["attn_scores", 0][0, :, 1]
+    clean = run_with_clamps(networks[0], batch)["attn_scores", 0][0, :, 1]
     assert (both.diagonal(-1, 1, 2) == -1e9).all()
     torch.testing.assert_close(both.diagonal(0, 1, 2), clean.diagonal(0, 1, 2) / 4)
 
 
 def test_two_clamps_of_one_kind_in_one_layer(networks, batch):
-    pattern = compose.run(networks[0], batch, (c.PreviousToken((0, 1)), c.PreviousToken((0, 2), 0.25)))["pattern", 0][0, :, :, 3]
+    pattern = run_with_clamps(networks[0], batch, (c.PreviousToken((0, 1)), c.PreviousToken((0, 2), 0.25)))["pattern", 0][0, :, :, 3]
     assert torch.equal(pattern[:, 1, 1:4], torch.tensor([0., 1, 0]).expand(64, 3))
     assert torch.equal(pattern[:, 2, 1:4], torch.tensor([0, 0.25, 0.75]).expand(64, 3))
 
 
 def test_copy_from_a_head_of_layer_1(networks, batch):
-    acts = compose.run(networks[0], batch, (c.Copy((0, 5)),))
+    acts = run_with_clamps(networks[0], batch, (c.Copy((0, 5)),))
     expected = acts["attn_scores", 0][0, :, 5, -1, 1::2]
     torch.testing.assert_close(acts.logits[0].gather(1, batch.labels[0, :, :2]), expected)
 
@@ -273,27 +275,27 @@ def test_copy_from_a_head_of_layer_1(networks, batch):
 @pytest.mark.parametrize("after", [0, 1])
 def test_grafts_in_a_deeper_network(after):
     own, donor, batch = deep_network(0), deep_network(1), small_batch()
-    below = compose.run(own, batch, (c.Graft(donor, after),))
-    assert torch.equal(below["resid_pre", after + 1], compose.run(donor, batch)["resid_post", after])
+    below = run_with_clamps(own, batch, (c.Graft(donor, after),))
+    assert torch.equal(below["resid_pre", after + 1], run_with_clamps(donor, batch)["resid_post", after])
     spliced = {name: (donor if compose._after(name, after) else own).tensors[name] for name in own.tensors}
     assert {name for name in own.tensors if compose._after(name, after)} == {
         name for name in own.tensors if name.startswith(("final_norm", "unembed"))
         or (name.startswith("layers") and int(name.split(".")[1]) > after)}
-    above = compose.run(own, batch, (c.Graft(donor, after, "above"),))
-    assert torch.equal(above.logits, compose.run(type(own)(DEEP, spliced), batch).logits)
+    above = run_with_clamps(own, batch, (c.Graft(donor, after, "above"),))
+    assert torch.equal(above.logits, run_with_clamps(type(own)(DEEP, spliced), batch).logits)
 
 
 def test_each_run_of_a_family_has_its_own_donor():
     own, batch, donors = deep_network(0), small_batch(), [deep_network(1), deep_network(2)]
     lists = [(c.Graft(donors[0]),), (), (c.Graft(donors[1]),), (c.Graft(donors[0], part="above"),)]
-    family = compose.plan(lists, DEEP, 2)(stack([own] * 4), batch.expand(4), DEEP)
+    family = compose.make_plan(lists, DEEP, 2)(stack([own] * 4), batch.expand(4), DEEP)
     for i, chosen in enumerate(lists):
-        torch.testing.assert_close(family.logits[i], compose.run(own, batch, chosen).logits[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(family.logits[i], run_with_clamps(own, batch, chosen).logits[0], atol=1e-5, rtol=1e-4)
 
 
 def test_a_finished_network_is_at_the_end_of_every_window(networks, batch):
     windows = (c.During(c.Ablate((1, 3)), 0, 100), c.During(c.Ablate((1, 5)), 100))
-    assert torch.equal(compose.run(networks[0], batch, windows).logits, compose.run(networks[0], batch, (c.Ablate((1, 5)),)).logits)
+    assert torch.equal(run_with_clamps(networks[0], batch, windows).logits, run_with_clamps(networks[0], batch, (c.Ablate((1, 5)),)).logits)
 
 
 # Composition and refusals.
@@ -335,9 +337,9 @@ def test_out_of_range_is_an_error_that_names_the_range(clamp, words):
     assert words in str(error.value)
 
 
-def test_layer_1_clamp_needs_two_layers():
-    with pytest.raises(ValueError, match="n_layers=3"):
-        compose.check((c.PerfectLayer1(),), c.Shape(3, 8, 2))
+def test_the_layer_1_clamp_needs_a_second_layer():
+    with pytest.raises(ValueError, match="n_layers=1"):
+        c.PerfectLayer1().writes(c.Shape(1, 2, 2))
 
 
 @pytest.mark.parametrize("make", [
@@ -362,7 +364,7 @@ def test_heads_may_come_from_measurements():
 
 def test_labels_out_of_range_are_named(networks, batch):
     with pytest.raises(ValueError, match="n_labels=5"):
-        compose.run(networks[0], dataclasses.replace(batch, labels=batch.labels + 3))
+        run_with_clamps(networks[0], dataclasses.replace(batch, labels=batch.labels + 3))
 
 
 def test_something_else_is_not_a_clamp():
@@ -374,25 +376,25 @@ def test_something_else_is_not_a_clamp():
     (c.Write("patterns", 1, torch.ones(8, 5, 5, dtype=torch.bool)), "Write's name='patterns'"),
     (c.Write("pattern", 2, torch.ones(8, 5, 5, dtype=torch.bool)), "layer of a Write of pattern=2"),
     (c.Write("logits", 0, torch.ones((), dtype=torch.bool)), "layer of a Write of logits=0"),
-    (c.Write("pattern", 1, torch.ones(8, 5, 5, dtype=torch.bool), how="add"), "Write's how='add'"),
+    (c.Write("pattern", 1, torch.ones(8, 5, 5, dtype=torch.bool), how="multiply"), "Write's how='multiply'"),
     (c.Write("pattern", 1, torch.ones(8, 5, 5)), "where of torch.float32"),
     (c.Write("pattern", 1, torch.ones(5, 5, dtype=torch.bool)), "must be bool [8, 5, 5]"),
 ])
 def test_a_write_that_nothing_would_read_is_refused(write, words, networks, batch):
     own = type("Own", (), {"writes": lambda self, shape: [write]})()
     with pytest.raises(ValueError) as error:
-        compose.run(networks[0], batch, [own])
+        run_with_clamps(networks[0], batch, [own])
     assert words in str(error.value)
 
 
 def test_a_clamp_that_is_not_in_a_list_says_so(networks, batch):
     with pytest.raises(ValueError, match="is one clamp; give a list"):
-        compose.run(networks[0], batch, c.Copy((1, 1)))
+        run_with_clamps(networks[0], batch, c.Copy((1, 1)))
 
 
 def test_layer_1_is_preserved_too(networks, batch):
     """What changes before Layer 1 is not felt by what of it is preserved."""
-    plain, kept, lost = (compose.run(deep_network(0), small_batch(), chosen) for chosen in
+    plain, kept, lost = (run_with_clamps(deep_network(0), small_batch(), chosen) for chosen in
                          ((), (c.AblateEmbedding(), c.Preserve("patterns")), (c.AblateEmbedding(),)))
     for layer in range(3):
         assert torch.equal(kept["pattern", layer], plain["pattern", layer])
@@ -402,7 +404,7 @@ def test_layer_1_is_preserved_too(networks, batch):
 def test_a_donor_of_another_architecture_is_refused(networks, batch):
     donor = initial_weights(ModelConfig(n_heads=4), 32, 5, 0)
     with pytest.raises(ValueError, match="graft like on like"):
-        compose.run(networks[0], batch, (c.Graft(donor),))
+        run_with_clamps(networks[0], batch, (c.Graft(donor),))
 
 
 def test_windows_switch_a_clamp_on_and_off():
@@ -429,6 +431,156 @@ class Uniform:
 
 
 def test_a_clamp_of_ones_own(networks, batch):
-    acts = compose.run(networks[0], batch, (Uniform(1, 2), c.Ablate((1, 5))))
+    acts = run_with_clamps(networks[0], batch, (Uniform(1, 2), c.Ablate((1, 5))))
     torch.testing.assert_close(acts["pattern", 1][0, 0, 2, -1], torch.full((5,), 0.2))
     assert (acts["v", 1][:, :, :, 5] == 0).all()
+
+
+def test_perfect_layer_1_in_a_deeper_network():
+    """Layer by layer: queries and keys read the copied embeddings in place of the plain ones, values and the stream the plain ones."""
+    weights, batch = deep_network(0), small_batch()
+    acts = run_with_clamps(weights, batch, [c.PerfectLayer1()])
+    params, config = stack([weights]), weights.config
+    plain = acts["token_embed", None]
+    copied = torch.stack([plain[:, :, i] for i in (0, 0, 1, 2, 4)], 2)
+    written = torch.zeros_like(plain)  # by the layers from the second on
+    for layer in (1, 2):
+        queries_and_keys = run_layer(params, batch, config, layer, copied + written)
+        values = run_layer(params, batch, config, layer, plain + written)
+        torch.testing.assert_close(acts["pattern", layer], queries_and_keys["pattern", layer])
+        torch.testing.assert_close(acts["v", layer], values["v", layer])
+        torch.testing.assert_close(acts["resid_pre", layer], plain + written)
+        assert not torch.allclose(acts["pattern", layer], values["pattern", layer], atol=1e-3)
+        written = written + acts["attn_out", layer]
+    gradient = gradients_of(weights, batch, [c.PerfectLayer1()])
+    assert all((g == 0).all() for name, g in gradient.items() if name.startswith("layers.0."))
+    assert all((gradient[f"layers.{i}.attn.qkv.weight"] != 0).any() for i in (1, 2))
+
+
+def run_layer(params, batch, config, layer, stream):
+    """Activations of a network whose stream before one layer is given."""
+    where = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    override = Override(where, ((torch.ones(1, 1, 1, 1), lambda acts: stream),))
+    return forward(params, batch, config, {("resid_pre", layer): override})
+
+
+def gradients_of(weights, batch, chosen):
+    params = {name: p.requires_grad_() for name, p in stack([weights]).items()}
+    cross_entropy(compose.make_plan([chosen], weights.config, 2)(params, batch, weights.config).logits, batch).sum().backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
+
+
+# Adding to an activation, and sources that read what they replace.
+
+def test_a_vector_is_added_where_it_is_to_be(networks, batch):
+    vector = torch.linspace(-1, 1, 64)
+    plain = run_with_clamps(networks[0], batch)
+    steered = run_with_clamps(networks[0], batch, [c.Steer("resid_pre", 1, vector, [-1, 1])])
+    added = steered["resid_pre", 1] - plain["resid_pre", 1]
+    torch.testing.assert_close(added[0, :, [1, 4]], vector.expand(64, 2, 64), atol=1e-6, rtol=1e-5)
+    assert (added[0, :, [0, 2, 3]] == 0).all() and not torch.equal(steered.logits, plain.logits)
+    logits = run_with_clamps(networks[0], batch, [c.Steer("logits", None, [0, 1, 0, 0, 2.5])]).logits
+    torch.testing.assert_close(logits - plain.logits, torch.tensor([0, 1, 0, 0, 2.5]).expand(1, 64, 5), atol=1e-6, rtol=1e-5)
+
+
+def test_additions_compose_with_each_other_and_with_what_is_set(networks, batch):
+    """Two additions are summed; an addition comes last, also on what another clamp has set, kept or scaled."""
+    one, two = c.Steer("resid_pre", 1, [0.5] * 64), c.Steer("resid_pre", 1, [0.25] * 64, [0])
+    both = run_with_clamps(networks[0], batch, [one, two])["resid_pre", 1]
+    plain = run_with_clamps(networks[0], batch)["resid_pre", 1]
+    torch.testing.assert_close(both[:, :, 0] - plain[:, :, 0], torch.full((1, 64, 64), 0.75), atol=1e-6, rtol=1e-5)
+    under = run_with_clamps(networks[0], batch, [c.PerfectLayer1(), one])
+    torch.testing.assert_close(under["resid_pre", 1], under["token_embed", None] + 0.5)
+    values = run_with_clamps(networks[0], batch, [c.Ablate((1, 3)), Adds("v", (1, 3), 0.5)])["v", 1]
+    assert (values[:, :, :, 3] == 0.5).all()
+    kept = run_with_clamps(networks[0], batch, [c.Ablate((0, 1)), c.Preserve("values"), Adds("v", (1, 3), 0.5)])["v", 1]
+    torch.testing.assert_close(kept[:, :, :, 3], run_with_clamps(networks[0], batch)["v", 1][:, :, :, 3] + 0.5)
+    scores = run_with_clamps(networks[0], batch, [c.HeadTemperature((1, 3), 2.0), Adds("attn_scores", (1, 3), 1.0)])["attn_scores", 1]
+    halved = run_with_clamps(networks[0], batch)["attn_scores", 1][0, :, 3, -1] / 2
+    torch.testing.assert_close(scores[0, :, 3, -1], halved + 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adds:
+    """A number added to all of a head's activation."""
+
+    name: str
+    head: tuple[int, int]
+    number: float
+
+    def writes(self, shape):
+        where = shape.zeros(self.name)
+        where[self.head[1]] = True
+        return [c.Write(self.name, self.head[0], where, ((self.number, None),), how="add")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Doubled:
+    """A head's values, twice what they are: its source reads what it replaces."""
+
+    head: tuple[int, int] = (1, 3)
+
+    def writes(self, shape):
+        where = shape.zeros("v")
+        where[self.head[1]] = True
+        return [c.Write("v", self.head[0], where, ((2.0, self.source),))]
+
+    def source(self, acts):
+        return acts["v", self.head[0]]
+
+
+def test_a_source_reads_the_value_that_it_replaces(networks, batch):
+    plain, doubled = run_with_clamps(networks[0], batch)["v", 1], run_with_clamps(networks[0], batch, [Doubled()])["v", 1]
+    torch.testing.assert_close(doubled[:, :, :, 3], 2 * plain[:, :, :, 3])
+    assert torch.equal(doubled[:, :, :, 4], plain[:, :, :, 4])
+
+
+@pytest.mark.parametrize("chosen", [
+    (c.Steer("resid_pre", 1, [0.3] * 8, [-1]), c.Induction((1, 0), 0.7)), (c.Steer("logits", None, [0.1] * 5), c.Copy((1, 1))),
+    (Doubled((1, 1)), c.PreviousToken((0, 0), 0.7)), (Adds("attn_scores", (1, 0), 0.5), c.HeadTemperature((1, 0), 2.0)),
+], ids=lambda chosen: "+".join(type(x).__name__ for x in chosen))
+def test_gradients_through_additions_and_self_reading_sources(chosen):
+    loss, values = _float64_case(chosen)
+    assert torch.autograd.gradcheck(loss, values, eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+def test_a_vector_added_is_felt_as_a_constant(networks, batch):
+    """Where it is added just before the output, its gradient is that of the same network with another bias."""
+    vector = torch.tensor([0.5, -1.0, 0.25, 2.0, 0.0])
+    steered = gradients_of(networks[0], batch, [c.Steer("logits", None, vector)])
+    tensors = dict(networks[0].tensors) | {"unembed.bias": networks[0].tensors["unembed.bias"] + vector}
+    biased = gradients_of(dataclasses.replace(networks[0], tensors=tensors), batch, [])
+    for name, g in steered.items():
+        torch.testing.assert_close(g, biased[name], atol=1e-6, rtol=1e-4)
+
+
+def test_families_with_vectors_of_their_own_are_one_program(networks, batch):
+    config, shape = networks[0].config, SHAPE
+    some = [(c.Steer("resid_pre", 1, [i + 1.0] * 64, [i]),) for i in range(3)]
+    assert len({compose.clamp_signature(each, shape) for each in some}) == 1
+    plans = [compose.make_plan([each], config, 2, compile_with=[*some, ()]) for each in (*some, ())]
+    assert len({flat.form_of(plan) for plan in plans}) == 1
+    assert len({tuple(t.shape for t in flat.tensors_of((plan,))) for plan in plans}) == 1
+    together = compose.make_plan([*some, ()], config, 2)(stack([networks[0]] * 4), batch.expand(4), config).logits
+    for each, logits in zip((*some, ()), together, strict=True):
+        torch.testing.assert_close(logits, run_with_clamps(networks[0], batch, each).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: c.Steer("pattern", 1, [1.0]), "Steer: name='pattern'"), (lambda: c.Steer("resid_pre", 1, "abc"), "a list of numbers"),
+    (lambda: c.Steer("resid_pre", 1, []), "is empty"), (lambda: c.Steer("resid_pre", 1, [math.nan]), "not finite"),
+    (lambda: c.Steer("resid_pre", 1, [1.0], [0.5]), "whole numbers or None"),
+])
+def test_a_vector_that_cannot_be_added_is_refused_when_made(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("clamp, words", [
+    (c.Steer("resid_pre", 1, [1.0] * 63), r"coefficient of \[1, 63\], which does not broadcast to \[5, 64\]"),
+    (c.Steer("resid_pre", 1, [1.0] * 64, [5]), "no position 5"), (c.Steer("logits", None, [1.0] * 6), r"does not broadcast to \[5\]"),
+    (c.Steer("resid_pre", 2, [1.0] * 64), "layer of a Write of resid_pre=2"),
+])
+def test_a_vector_that_does_not_fit_is_refused_by_name(clamp, words, networks, batch):
+    with pytest.raises(ValueError, match=words):
+        run_with_clamps(networks[0], batch, [clamp])

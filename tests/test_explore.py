@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT, TOOLS
 from nbclient import NotebookClient
 
-from ihbook import compose, data, experiments, explore, metrics, panels, toy
+from ihbook import metrics, task, toy, train
 from ihbook.banks import load_bank
-from ihbook.clamps import Ablate, Copy, Induction, PerfectLayer1, Preserve, PreviousToken
+from ihbook.chapters import experiments, explore, panels
+from ihbook.clamps import Ablate, Copy, Induction, PerfectLayer1, Preserve, PreviousToken, run_with_clamps
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
-from ihbook.train import train
 
 PATTERN = 8 * (1 + 15)  # numbers of one layer's drawing
 
@@ -31,8 +31,8 @@ def trained(tmp_path_factory):
     run = RunConfig(bank=BankConfig(n_classes=150), n_sequences=3200, eval_every=800, heads_every=800, checkpoint_every=800,
                     eval_size=100, lr=1e-3)
     [result] = train([run], directory=tmp_path_factory.mktemp("run"), progress=False)
-    splits = data.split(load_bank(run.bank), run.task)
-    batch = data.evaluation_sets(splits, 0, 100)["train"]
+    splits = task.split(load_bank(run.bank), run.task)
+    batch = task.evaluation_sets(splits, 0, 100)["train"]
     shown = [explore.Shown(f"sequence {i}", one, None) for i, one in enumerate(batch.split(1)[:2])]
     return result, shown, batch
 
@@ -89,7 +89,7 @@ def test_scrub_shows_the_checkpoint(trained):
     for at, i in ((0, 0), (3, 1)):
         slider.value, chosen.value = at, i
         seen = sorted(result.checkpoints)[at]
-        acts = compose.run(result.checkpoints[seen], shown[i].batch)
+        acts = run_with_clamps(result.checkpoints[seen], shown[i].batch)
         charts, patterns = panel.children[-2].value, panel.children[-1].value
         strength = result.heads.query(f"sequences == {seen} and layer == 1")["strength"].tolist()
         found = texts(charts)
@@ -165,15 +165,15 @@ def test_wiring_shows_what_a_head_reads(trained):
 def test_the_toy_model_follows_its_sliders():
     panel = explore.toy_model(1, n_iterations=200)
     panel.children[0].value = panel.children[1].value = 4
-    found = toy.train((1,), ("a", "b"), n_iterations=200)
+    found = toy.descend((1,), ("a", "b"), n_iterations=200)
     half = found.loc[found["relative_loss"] < 0.5, "iteration"].iloc[0]
     assert f"half at iteration {half}" in panel.children[-1].value
     with pytest.raises(ValueError, match="strength of b is 1.5"):
-        toy.train((1,), {"b": 1.5})
+        toy.descend((1,), {"b": 1.5})
 
 
 def test_partly_given_is_between(trained):
-    free, half, whole = (toy.train((1,), {"c": s}, n_iterations=60)["misaligned_c"].iloc[0] for s in (0.0, 0.5, 1.0))
+    free, half, whole = (toy.descend((1,), {"c": s}, n_iterations=60)["misaligned_c"].iloc[0] for s in (0.0, 0.5, 1.0))
     assert free > half > whole == pytest.approx(0, abs=1e-12)
 
 
@@ -214,7 +214,7 @@ def test_a_network_of_another_shape(tmp_path):
     run = RunConfig(model=ModelConfig(n_heads=4), task=TaskConfig(n_labels=4, n_classes=20), bank=BankConfig(n_classes=120),
                     n_sequences=640, eval_every=320, heads_every=320, checkpoint_every=320, eval_size=40)
     [result] = train([run], directory=tmp_path, progress=False)
-    batch = data.evaluation_sets(data.split(load_bank(run.bank), run.task), 0, 40)["train"]
+    batch = task.evaluation_sets(task.split(load_bank(run.bank), run.task), 0, 40)["train"]
     shown = [explore.Shown("one", batch.split(1)[0], None)]
     panel = explore.scrub(result, shown)
     assert len(texts(panel.children[-2].value)) == 1 + 4 + 4
@@ -389,9 +389,9 @@ def test_the_live_panels_in_jupyterlab(browser, lab, quick, executed):
         for name, value in quick.items():
             patch.setenv(name, value)
         settings = experiments.Settings(n_seeds=1)
-        from ihbook.store import fetch
+        from ihbook import fetch
         [result] = fetch(experiments.main_runs(settings), progress=False)
-        splits = data.split(load_bank(result.config.bank), result.config.task)
+        splits = task.split(load_bank(result.run.bank), result.run.task)
 
     handle = scrub.locator(".noUi-handle")
     handle.scroll_into_view_if_needed()
@@ -416,7 +416,7 @@ def test_the_live_panels_in_jupyterlab(browser, lab, quick, executed):
 
     until(lambda: shown(scrub)[1:9], pytest.approx(strength, abs=0.006))
 
-    sample = data.sample(splits, 2000, data.seeded("explore", 0))
+    sample = task.sample(splits, 2000, task.seeded("explore", 0))
     before = shown(operate)
     strong = [strength.index(s) for s in sorted(strength)[-4:]]
     for head in strong:

@@ -10,8 +10,10 @@ import torch
 from cases import clamps as golden_clamps
 from conftest import shared
 
-from ihbook import claims, clamps, compose, metrics
-from ihbook.data import Batch
+from ihbook import clamps, metrics
+from ihbook.chapters import claims
+from ihbook.clamps import run_with_clamps
+from ihbook.task import Batch
 
 
 def batch_of(labels):
@@ -150,7 +152,7 @@ def test_networks_that_are_measured_together_are_of_one_architecture(networks, b
         with pytest.raises(ValueError, match="the donor's architecture"):
             metrics.measure(eight, batch, [grafted])
         with pytest.raises(ValueError, match="the donor's architecture"):
-            compose.run(eight, batch, grafted)
+            run_with_clamps(eight, batch, grafted)
     with pytest.raises(ValueError, match="nothing to measure"):
         metrics.measure([], batch, [])
 

@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
+from ihbook import load_weights, save_weights
 from ihbook import model as m
 from ihbook.config import ModelConfig
-from ihbook.data import Batch, from_exemplars
+from ihbook.task import Batch, from_exemplars
 
 
 def count(config):
@@ -79,8 +80,8 @@ def test_without_positions_the_order_of_pairs_does_not_matter_to_one_layer():
 
 def test_weights_go_through_safetensors(tmp_path):
     weights = m.initial_weights(ModelConfig(n_layers=3, mlp_ratio=2), 16, 7, 3)
-    m.save_weights(weights, tmp_path / "w.safetensors")
-    loaded = m.load_weights(tmp_path / "w.safetensors")
+    save_weights(weights, tmp_path / "w.safetensors")
+    loaded = load_weights(tmp_path / "w.safetensors")
     assert loaded == weights and loaded.config == weights.config and hash(loaded) == hash(weights)
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
     assert m.initial_weights(ModelConfig(n_layers=3, mlp_ratio=2), 16, 7, 4) != weights
@@ -89,19 +90,19 @@ def test_weights_go_through_safetensors(tmp_path):
 def test_damaged_or_missing_weights_are_named(tmp_path):
     path = tmp_path / "w.safetensors"
     with pytest.raises(FileNotFoundError, match="w.safetensors"):
-        m.load_weights(path)
+        load_weights(path)
     weights = m.initial_weights(ModelConfig(), 16, 5, 3)
-    m.save_weights(weights, path)
+    save_weights(weights, path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
-        m.load_weights(path)
+        load_weights(path)
     with pytest.raises(ValueError, match=r"weight layers.1.norm1.weight is \(64,\), but .*n_layers=1.* has none"):
         m.Weights(ModelConfig(n_layers=1), weights.tensors)
     with pytest.raises(ValueError, match="exemplar_embed"):
         m.Weights(ModelConfig(), {})
-    m.save_weights(weights, path)
+    save_weights(weights, path)
     with pytest.raises(ValueError, match="holds a network of .*n_heads=8.*, not of .*n_heads=4"):
-        m.load_weights(path, ModelConfig(n_heads=4))
+        load_weights(path, ModelConfig(n_heads=4))
     with pytest.raises(ValueError, match="one architecture"):
         m.stack([weights, m.initial_weights(ModelConfig(n_heads=4), 16, 5, 0)])
 

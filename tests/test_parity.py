@@ -9,11 +9,12 @@ from cases import VARIANTS, clamps
 from conftest import read_npz, shared, tensors
 from data.make_golden import N_SEQUENCES, compact
 
-from ihbook import compose, step
+from ihbook.clamps import compose, run_with_clamps
 from ihbook.config import ModelConfig, RunConfig
-from ihbook.data import from_exemplars
+from ihbook.engine import compiled, step
 from ihbook.metrics import cross_entropy
 from ihbook.model import Weights, initial_weights, stack
+from ihbook.task import from_exemplars
 
 DONOR = initial_weights(ModelConfig(), 32, 5, seed=0)  # only to name the cases
 NAMES = [*clamps(DONOR), *VARIANTS, "four_pairs"]
@@ -46,7 +47,7 @@ def test_every_case_of_the_record_is_tested(record):
 def test_forward_and_gradients(name, query_only, record, networks, batch):
     weights, batch, chosen = case(name, record, networks, batch)
     params = {key: p.requires_grad_() for key, p in stack([weights]).items()}
-    plan = compose.plan([chosen], weights.config, batch.labels.shape[2] - 1)
+    plan = compose.make_plan([chosen], weights.config, batch.labels.shape[2] - 1)
     acts = plan(params, batch, weights.config, query_only=query_only)
     loss = cross_entropy(acts.logits, batch)
     loss.sum().backward()
@@ -68,11 +69,11 @@ def test_forward_and_gradients(name, query_only, record, networks, batch):
 def test_attention(name, record, networks, batch):
     """The patterns, after clamps. Three cases record another pass than the one that a clamp's definition names."""
     weights, batch, chosen = case(name, record, networks, batch)
-    patterns = [compose.run(weights, batch, chosen)["pattern", i][0] for i in range(weights.config.n_layers)]
+    patterns = [run_with_clamps(weights, batch, chosen)["pattern", i][0] for i in range(weights.config.n_layers)]
     if name == "layer1_copy":  # both layers' are the ordinary pass's
-        patterns = [compose.run(weights, batch)["pattern", i][0] for i in (0, 1)]
+        patterns = [run_with_clamps(weights, batch)["pattern", i][0] for i in (0, 1)]
     elif name == "graft_from_layer2_of_donor":  # Layer 1's is the donor's own, on its own embeddings
-        patterns[0] = compose.run(networks[1], batch)["pattern", 0][0]
+        patterns[0] = run_with_clamps(networks[1], batch)["pattern", 0][0]
     expected = record[f"{name}/attention"]
     ours = torch.stack(patterns, 1).numpy()[:len(expected)]
     assert len(ours) >= N_SEQUENCES
@@ -88,21 +89,21 @@ def test_25_training_steps(grouping, record, networks):
         check_25_steps(step.train_step, names, cases, run, record, networks[0])
 
 
-@pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
+@pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_25_training_steps_compiled(record, networks):
     """The same, compiled: all the clamps in one program."""
     cases = clamps(networks[1])
     run = RunConfig(model=ModelConfig(), lr=1e-3)
-    program = step.program(True, "cpu")
+    program = compiled.program_for(True, "cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "training is not compiled")  # but by the plain step, where a clamp can't be
-        check_25_steps(program.train, list(cases), cases, run, record, networks[0])
+        check_25_steps(program.step, list(cases), cases, run, record, networks[0])
 
 
 def check_25_steps(train_step, names, cases, run, record, weights):
-    plan = compose.plan([cases[name] for name in names], run.model, 2)
+    plan = compose.make_plan([cases[name] for name in names], run.model, 2)
     params = stack([weights] * len(names))
-    moments = step.moments_of(params, run)
+    moments = step.initial_moments(params, run)
     losses = []
     for i, (exemplars, labels) in enumerate(zip(record["train/exemplars"], record["train/labels"], strict=True)):
         batch = from_exemplars(torch.tensor(exemplars), torch.tensor(labels)).expand(len(names))

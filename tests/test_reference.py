@@ -7,22 +7,21 @@ import torch
 from cases import ONLY_3
 from conftest import read_npz, shared, tensors
 
-from ihbook import data, metrics
+from ihbook import metrics, train
 from ihbook.banks import load_bank
 from ihbook.clamps import Ablate, Copy, Induction, PerfectLayer1, Preserve, PreviousToken
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.model import Weights
-from ihbook.train import train
 
 
 @pytest.fixture(scope="module")
 def analysis(reference):
     """The network, all of its training sequences, and the authors' numbers."""
     task = TaskConfig(label_sets=tuple(map(tuple, reference["measured"]["train_label_pairs"])))
-    train_sets, test_sets = data.label_sets(task)
+    train_sets, test_sets = task.label_sets(task)
     ids = torch.arange(50)[:, None]
-    splits = data.Splits(task, reference["features"], ids, ids[:, :0], ids[:0], train_sets, test_sets)
-    return reference["weights"], data.every_training_sequence(splits), reference["measured"]
+    splits = task.Splits(task, reference["features"], ids, ids[:, :0], ids[:0], train_sets, test_sets)
+    return reference["weights"], task.every_training_sequence(splits), reference["measured"]
 
 
 def test_final_network_gives_the_authors_numbers(analysis):

@@ -17,9 +17,11 @@ import torch
 from filelock import FileLock
 from test_train import RUN, same
 
-from ihbook import clamps, family, folders, step, train
+from ihbook import clamps, engine, train
 from ihbook.__main__ import main
-from ihbook.store import Store, default_root
+from ihbook.engine import folders, step
+from ihbook.engine.prepared import Prepared
+from ihbook.engine.store import Store, default_root
 
 
 @pytest.fixture
@@ -38,11 +40,11 @@ def never(*args):
 def test_a_stored_run_is_read_and_not_trained(store, small_bank, monkeypatch):
     runs = [RUN, replace(RUN, init_seed=6, n_sequences=1600), replace(RUN, clamps=(clamps.Induction((1, 0)),)), RUN]
     first = fetch(store, runs, small_bank)
-    assert [r.config for r in first] == runs and first[0].weights == first[3].weights != first[1].weights
-    for stored, plain in zip(first, train.train(runs, bank=small_bank, progress=False), strict=True):
+    assert [r.run for r in first] == runs and first[0].weights == first[3].weights != first[1].weights
+    for stored, plain in zip(first, train(runs, bank=small_bank, progress=False), strict=True):
         torch.testing.assert_close(dict(stored.weights.tensors), dict(plain.weights.tensors), atol=1e-5, rtol=1e-4)
     assert len(list(store.entries())) == 3 and not list(store.root.glob("training/*"))
-    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=never))
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=never))
     for a, b in zip(first, fetch(store, runs, small_bank), strict=True):
         same(a, b)
     assert sorted(first[0].checkpoints) == [0, 800, 1600, 2400, 3200]
@@ -54,15 +56,15 @@ def test_another_bank_is_another_run(store, small_bank, monkeypatch):
     other = replace(small_bank, features=small_bank.features + 1)
     a, b = (fetch(store, [RUN], bank)[0] for bank in (small_bank, other))
     assert a.weights != b.weights and len(list(store.entries())) == 2
-    monkeypatch.setattr(family, "VERSION", 999)
-    assert store.get(family.Prepared.of(RUN, small_bank)) is None
+    monkeypatch.setattr(engine, "VERSION", 999)
+    assert store.get(Prepared.of(RUN, small_bank)) is None
 
 
 def test_a_longer_run_serves_its_beginning(store, small_bank, monkeypatch):
     run = replace(RUN, eval_every=800)
     fetch(store, [run], small_bank)
-    [plain] = train.train([replace(run, n_sequences=1600)], bank=small_bank, progress=False)
-    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=never))
+    [plain] = train([replace(run, n_sequences=1600)], bank=small_bank, progress=False)
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=never))
     [short] = fetch(store, [replace(run, n_sequences=1600)], small_bank)
     same(short, plain)
     with pytest.raises(AssertionError, match="was trained"):  # no checkpoint there
@@ -121,9 +123,9 @@ SCRIPT = textwrap.dedent("""
     from dataclasses import replace
     import torch
     from test_train import RUN
-    from ihbook import family, step
-    from ihbook.banks import Bank
-    from ihbook.store import Store
+    from ihbook.engine import family, step
+    from ihbook.task import Bank
+    from ihbook import Store
 
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(40, 1, 16, generator=generator)
@@ -136,7 +138,7 @@ SCRIPT = textwrap.dedent("""
         count += 1
         return step.train_step(*args)
 
-    step.PLAIN = replace(step.PLAIN, train=counted)
+    step.PLAIN = replace(step.PLAIN, step=counted)
     family.SAVE_SECONDS = 0.05
     Store(sys.argv[1]).fetch(runs, bank=bank, progress=False)
     print(count)
@@ -174,7 +176,7 @@ def test_killed_at_several_moments_and_resumed_bit_for_bit(store, tmp_path, smal
         process.wait()
         process.stdout.close()
     runs = [replace(RUN, n_sequences=n, checkpoint_every=0) for n in lengths]
-    whole = train.train(runs, bank=small_bank, progress=False)
+    whole = train(runs, bank=small_bank, progress=False)
     for a, b in zip(whole, fetch(store, runs, small_bank), strict=True):
         same(a, b)
 
@@ -194,8 +196,8 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(store, small_bank, monke
         with pytest.raises(OSError, match="No space left.*IHBOOK_STORE"):
             fetch(store, [RUN], small_bank)
     assert not list(store.entries())
-    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=never))
-    assert fetch(store, [RUN], small_bank)[0].config == RUN  # its training was finished, and is stored now
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=never))
+    assert fetch(store, [RUN], small_bank)[0].run == RUN  # its training was finished, and is stored now
 
 
 def test_the_command_line_lists_verifies_and_prunes(store, small_bank, capsys):
@@ -238,7 +240,7 @@ def test_what_is_not_the_stores_is_left_alone(store, small_bank, capsys):
     (store.root / "training" / ("0" * 24)).mkdir()
     [entry] = store.entries()
     shutil.copytree(entry.folder, entry.folder.with_name(entry.folder.name + ".bak"))
-    assert store.get(family.Prepared.of(RUN, small_bank)) is not None
+    assert store.get(Prepared.of(RUN, small_bank)) is not None
     assert [path.name for path in store.prune()] == ["0" * 24] and not store.verify()
     assert store.prune(everything=True) == [entry.folder] and all(folder.exists() for folder in theirs)
     with pytest.raises(ValueError, match="days=-1"):
@@ -252,17 +254,17 @@ def test_a_run_that_cannot_be_read_just_now_is_not_removed(store, small_bank, mo
 
     fetch(store, [RUN], small_bank)
     with monkeypatch.context() as patched:
-        patched.setattr(folders, "_sha256", busy)
+        patched.setattr(folders, "sha256", busy)
         with pytest.raises(OSError, match="Too many open files"):
             fetch(store, [RUN], small_bank)
-    assert store.get(family.Prepared.of(RUN, small_bank)) is not None
+    assert store.get(Prepared.of(RUN, small_bank)) is not None
 
 
 def test_a_damaged_run_is_passed_over_by_who_does_not_hold_its_lock(store, small_bank):
     fetch(store, [RUN], small_bank)
     [entry] = store.entries()
     (entry.folder / "weights.safetensors").write_bytes(b"")
-    prepared = family.Prepared.of(RUN, small_bank)
+    prepared = Prepared.of(RUN, small_bank)
     assert store.get(prepared, mend=False) is None and entry.folder.exists()
     with pytest.warns(UserWarning, match="damaged"):
         assert store.get(prepared) is None
@@ -274,8 +276,8 @@ def test_what_cannot_be_stored_leaves_nothing_behind(store, small_bank, monkeypa
         (folder / "config.json").write_text("{}")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    [result] = train.train([RUN], bank=small_bank, progress=False)
-    prepared = family.Prepared.of(RUN, small_bank)
+    [result] = train([RUN], bank=small_bank, progress=False)
+    prepared = Prepared.of(RUN, small_bank)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="free space there"):
         patched.setattr(folders, "write", full)
         store.put(prepared, result)

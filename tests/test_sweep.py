@@ -16,18 +16,20 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from ihbook import family, folders, spread, sweep, train
+from ihbook import Store, seeds, train
 from ihbook.__main__ import main
+from ihbook.chapters import sweep
 from ihbook.clamps import Copy
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
-from ihbook.store import Store
-from ihbook.step import PLAIN_BLOCK
-from ihbook.train import seeds
+from ihbook.engine import cluster as spread
+from ihbook.engine import folders
+from ihbook.engine.compiled import PLAIN_BLOCK
+from ihbook.engine.prepared import prepare
 
 CELLS = ["x = 1\nseed = 0\nprofile = None\nwait = None", """\
 import os, time
 from pathlib import Path
-from ihbook import claims
+from ihbook.chapters import claims
 if wait:
     (Path(wait) / f"{os.getpid()}").touch()
     while not (Path(wait) / "go").exists():
@@ -201,11 +203,11 @@ def test_runs_on_a_cluster_are_those_trained_here(tmp_path, cluster):
     address, _, _ = cluster
     runs = [*seeds(RUN, 3), replace(RUN, clamps=(Copy((1, 0)),))]
     with spread.connect(address) as client:
-        there = Store(tmp_path / "there").fetch(runs, executor=client, progress=False)
+        there = Store(tmp_path / "there").fetch(runs, client=client, progress=False)
     here = Store(tmp_path / "here").fetch(runs, progress=False)
     for a, b in zip(there, here, strict=True):
         pd.testing.assert_frame_equal(a.metrics, b.metrics, atol=1e-4, rtol=1e-4)
-        assert a.config == b.config and sorted(a.checkpoints) == [0, 800, 1600]
+        assert a.run == b.run and sorted(a.checkpoints) == [0, 800, 1600]
     stored = Store(tmp_path / "there")
     assert not stored.verify() and len(list(stored.entries())) == 4
     assert {path.name for path in (tmp_path / "there/runs").iterdir()} == {path.name for path in (tmp_path / "here/runs").iterdir()}
@@ -213,16 +215,16 @@ def test_runs_on_a_cluster_are_those_trained_here(tmp_path, cluster):
     assert all(a.weights == b.weights for a, b in zip(again, there, strict=True))
 
 
-def test_train_with_an_executor_needs_no_store(tmp_path, cluster):
+def test_train_with_a_client_needs_no_store(tmp_path, cluster):
     runs = [*seeds(RUN, 2), replace(RUN, clamps=(Copy((1, 0)),))]
     with spread.connect(cluster[0]) as client:
-        there = train.train(runs, executor=client, progress=False)
-        with pytest.raises(ValueError, match="directory='here' with an executor"):
-            train.train(runs, executor=client, directory="here")
-    for a, b in zip(there, train.train(runs, progress=False), strict=True):
+        there = train(runs, client=client, progress=False)
+        with pytest.raises(ValueError, match="directory='here' with a client"):
+            train(runs, client=client, directory="here")
+    for a, b in zip(there, train(runs, progress=False), strict=True):
         pd.testing.assert_frame_equal(a.metrics, b.metrics, atol=1e-4, rtol=1e-4)
         pd.testing.assert_frame_equal(a.heads, b.heads, atol=1e-4, rtol=1e-4)
-        assert a.config == b.config and sorted(a.checkpoints) == [0, 800, 1600] and a.checkpoints[1600] == a.weights
+        assert a.run == b.run and sorted(a.checkpoints) == [0, 800, 1600] and a.checkpoints[1600] == a.weights
 
 
 def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
@@ -239,7 +241,7 @@ def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
         return n
 
     with spread.connect(cluster[0]) as client:
-        asked = spread.train(client, family.prepare(runs), progress=False)
+        asked = spread.train_on_workers(client, prepare(runs), progress=False)
         assert next(asked)[0] == 1 and sum(client.run(training).values()) == 1
         asked.close()
         started = time.monotonic()
@@ -251,7 +253,7 @@ def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
 def test_a_bank_of_ones_own_travels_to_the_workers(tmp_path, cluster, small_bank):
     runs = seeds(replace(RUN, bank=BankConfig()), 2)  # the config says glyphs: what is given serves in their place
     with spread.connect(cluster[0]) as client:
-        there = Store(tmp_path / "there").fetch(runs, bank=small_bank, executor=client, progress=False)
+        there = Store(tmp_path / "there").fetch(runs, bank=small_bank, client=client, progress=False)
     here = Store(tmp_path / "here").fetch(runs, bank=small_bank, progress=False)
     for a, b in zip(there, here, strict=True):
         pd.testing.assert_frame_equal(a.metrics, b.metrics, atol=1e-4, rtol=1e-4)
@@ -261,12 +263,12 @@ def test_a_worker_killed_while_it_trains(tmp_path, cluster):
     address, workers, start = cluster
     runs = seeds(replace(RUN, n_sequences=200_000), 6)
     with spread.connect(address) as client, ThreadPoolExecutor(1) as thread:
-        job = thread.submit(Store(tmp_path).fetch, runs, executor=client, progress=False)
+        job = thread.submit(Store(tmp_path).fetch, runs, client=client, progress=False)
         time.sleep(3)
         assert not job.done()
         workers[1].send_signal(signal.SIGKILL)
         results = job.result(timeout=240)
-    assert [r.config for r in results] == runs and not Store(tmp_path).verify()
+    assert [r.run for r in results] == runs and not Store(tmp_path).verify()
     workers[1].wait()
     workers[1] = start()
     wait_for(address, 2)
@@ -274,12 +276,12 @@ def test_a_worker_killed_while_it_trains(tmp_path, cluster):
 
 def test_a_worker_that_draws_other_characters_says_so():
     with pytest.raises(RuntimeError, match="other characters"):
-        spread.train_here([RUN], None, "0" * 64)
+        spread.train_on_this_worker([RUN], None, "0" * 64)
 
 
 def test_what_a_worker_sends_is_verified(tmp_path):
-    [each] = family.prepare([RUN])
-    [files] = spread.train_here([RUN], None, each.bank.digest)
+    [each] = prepare([RUN])
+    [files] = spread.train_on_this_worker([RUN], None, each.bank.digest)
     ours = Store(tmp_path)
     with pytest.raises(folders.Damaged, match="metrics.parquet is not what was written"):
         ours._receive(each, files | {"metrics.parquet": b"other"})

@@ -15,7 +15,7 @@ def test_the_loss_is_that_of_the_tensors():
 
 def test_a_step_is_down_the_gradient():
     """The gradient as the chapter prints it, for one vector, two iterations."""
-    table = toy.train([3], ["b", "c"], n_dims=4, n_iterations=1, lr=0.5)
+    table = toy.descend([3], ["b", "c"], n_dims=4, n_iterations=1, lr=0.5)
     generator = torch.Generator().manual_seed(3)
     truth = {n: torch.randn(4, generator=generator, dtype=torch.float64) for n in toy.NAMES}
     a = torch.randn(4, generator=generator, dtype=torch.float64)
@@ -29,7 +29,7 @@ def test_a_step_is_down_the_gradient():
 def test_a_plateau_that_clamps_shorten():
     times = {}
     for clamped in ((), ("c",), ("b", "c")):
-        table = toy.train([1, 4], clamped)
+        table = toy.descend([1, 4], clamped)
         for run, rows in table.groupby("run"):
             times[run, clamped] = (rows["relative_loss"] < 0.5).to_numpy().argmax()
     for run in (1, 4):
@@ -37,15 +37,15 @@ def test_a_plateau_that_clamps_shorten():
 
 
 def test_runs_do_not_touch_each_other():
-    together, alone = toy.train([1, 2], n_iterations=20), toy.train([2], n_iterations=20)
+    together, alone = toy.descend([1, 2], n_iterations=20), toy.descend([2], n_iterations=20)
     assert together[together["run"] == 2]["loss"].tolist() == pytest.approx(alone["loss"].tolist())
-    assert (together["misaligned_c"] > 0).all() and (toy.train([1], ["c"], n_iterations=5)["misaligned_c"].abs() < 1e-12).all()
+    assert (together["misaligned_c"] > 0).all() and (toy.descend([1], ["c"], n_iterations=5)["misaligned_c"].abs() < 1e-12).all()
 
 
 def test_strengths_of_each_run():
-    together = toy.train([1, 1, 2], {"a": [0.0, 0.5, 1.0], "b": 0.5}, n_iterations=20)["loss"].to_numpy().reshape(21, 3)
+    together = toy.descend([1, 1, 2], {"a": [0.0, 0.5, 1.0], "b": 0.5}, n_iterations=20)["loss"].to_numpy().reshape(21, 3)
     for i, (seed, given) in enumerate(((1, 0.0), (1, 0.5), (2, 1.0))):
-        alone = toy.train([seed], {"a": given, "b": 0.5}, n_iterations=20)
+        alone = toy.descend([seed], {"a": given, "b": 0.5}, n_iterations=20)
         assert together[:, i].tolist() == pytest.approx(alone["loss"].tolist())
 
 
@@ -53,4 +53,4 @@ def test_strengths_of_each_run():
                                  {"clamped": {"a": [0.5, 0.2]}}, {"clamped": {"a": [2.0]}}])
 def test_bad_input_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        toy.train(**bad)
+        toy.descend(**bad)

@@ -1,5 +1,6 @@
 """Training: learning, resuming bit for bit, families, clamps in windows, schedules."""
 
+import importlib
 import math
 import os
 import shutil
@@ -15,15 +16,20 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from cases import catalogue
 
-from ihbook import clamps, step
-from ihbook import family as t
-from ihbook import train as training
-from ihbook.compose import Plan
-from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig, encode
-from ihbook.data import Batch
+from ihbook import clamps
+from ihbook.clamps.compose import Plan
+from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
+from ihbook.digest import code_digest, encode
+from ihbook.engine import blocks as planning
+from ihbook.engine import compiled, family, flat, step
+from ihbook.engine import state as states
+from ihbook.engine import train as training
+from ihbook.engine.prepared import Prepared, family_digest, prepare
 from ihbook.metrics import cross_entropy
 from ihbook.model import initial_weights, stack
+from ihbook.task import Batch
 
 MODEL = ModelConfig(d_model=16, n_heads=2)
 RUN = RunConfig(task=TaskConfig(n_classes=10, n_test_classes=10), model=MODEL, n_sequences=3200, lr=3e-3, eval_every=1000,
@@ -77,14 +83,15 @@ def test_a_family_equals_each_run_alone(small_bank):
              (clamps.SimilarityMatch((1, 0), 0.5),), (clamps.HeadTemperature((0, 1), 2.0),), (clamps.LabelAttentionOnly((1, 1)),),
              (clamps.Copy((1, 0)),), (clamps.PerfectLayer1(),), (clamps.PerfectLayer1(), clamps.Copy((1, 0))),
              (clamps.Graft(other),), (clamps.Graft(other, part="above"),), (clamps.AblateEmbedding(),),
+             (clamps.Steer("resid_pre", 1, [0.1] * 16),),
              (clamps.During(clamps.PreviousToken((0, 1)), 3200, 9600),)]
-    assert len(clamps.CATALOGUE - {type(c) for kind in kinds for c in kind}) == 0
+    assert not catalogue() - {type(c) for kind in kinds for c in kind}
     runs = [replace(steady, clamps=kind, data_seed=i, n_sequences=(16_000, 9_600)[i % 2]) for i, kind in enumerate(kinds)]
     runs += [replace(steady, init_seed=6), replace(steady, task=replace(RUN.task, n_classes=20))]
-    assert len({t.Prepared.of(run, small_bank).program for run in runs}) == 1
+    assert len({Prepared.of(run, small_bank).family_key for run in runs}) == 1
     for run, together in zip(runs, train(runs, small_bank, compile=False), strict=True):
         [alone] = train([run], small_bank)
-        assert together.config == run
+        assert together.run == run
         for name, tensor in alone.weights.tensors.items():
             # Projections of embeddings that are 0 have gradients of mere rounding, which Adam enlarges; they do nothing.
             if (clamps.AblateEmbedding(),) != run.clamps or "qkv" not in name:
@@ -95,7 +102,7 @@ def test_a_family_equals_each_run_alone(small_bank):
 def test_different_programs_train_in_one_call(small_bank):
     runs = [RUN, replace(RUN, task=replace(RUN.task, n_labels=6)), replace(RUN, optimiser="sgd", lr=0.1)]
     results = train(runs, small_bank)
-    assert [r.config for r in results] == runs and results[1].weights.n_labels == 6
+    assert [r.run for r in results] == runs and results[1].weights.n_labels == 6
 
 
 class Stop(Exception):
@@ -112,7 +119,7 @@ def stop_soon():
 def test_resumed_training_is_bit_for_bit_the_same(small_bank, tmp_path, monkeypatch, at):
     runs = [RUN, replace(RUN, init_seed=6, n_sequences=1600, clamps=(clamps.During(clamps.Induction((1, 0)), 640, 1280),))]
     whole = train(runs, small_bank)
-    monkeypatch.setattr(t, "SAVE_SECONDS", -1.0)  # save at every step
+    monkeypatch.setattr(family, "SAVE_SECONDS", -1.0)  # save at every step
     count = iter(range(1000))
 
     def dying(*args):
@@ -120,7 +127,7 @@ def test_resumed_training_is_bit_for_bit_the_same(small_bank, tmp_path, monkeypa
             raise Stop
         return step.train_step(*args)
 
-    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=dying))
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=dying))
     with pytest.raises(Stop):
         train(runs, small_bank, directory=tmp_path)
     monkeypatch.undo()
@@ -131,7 +138,7 @@ def test_resumed_training_is_bit_for_bit_the_same(small_bank, tmp_path, monkeypa
 @pytest.mark.parametrize("damage", [lambda b: b[:1000], lambda b: b"", lambda b: b[:-1], lambda b: b"x" * len(b)])
 def test_a_damaged_state_is_reported_and_trained_again(small_bank, tmp_path, monkeypatch, damage):
     whole = train([RUN], small_bank)
-    monkeypatch.setattr(training, "_stop_signals", stop_soon)
+    monkeypatch.setattr(training, "stop_signals", stop_soon)
     with pytest.raises(KeyboardInterrupt):
         train([RUN], small_bank, directory=tmp_path)
     monkeypatch.undo()
@@ -153,8 +160,8 @@ def test_a_signal_stops_between_steps_and_saves(small_bank, tmp_path, monkeypatc
             os.kill(os.getpid(), number)
         return step.train_step(*args)
 
-    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=interrupted))
-    monkeypatch.setitem(training.COMPILE_FROM, "cpu", math.inf)
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=interrupted))
+    monkeypatch.setitem(compiled.COMPILE_FROM, "cpu", math.inf)
     with pytest.raises(KeyboardInterrupt, match="same call goes on"):
         train([long], small_bank, directory=tmp_path)
     assert signal.getsignal(number) == handler
@@ -162,14 +169,14 @@ def test_a_signal_stops_between_steps_and_saves(small_bank, tmp_path, monkeypatc
 
 
 def step_of(directory, run, bank):
-    family = [t.Prepared.of(run, bank)]
-    return t._load(directory / t.family_digest(family), family, "cpu").step
+    prepared = [Prepared.of(run, bank)]
+    return states.load_state(directory / family_digest(prepared), prepared, "cpu").steps_done
 
 
 SCRIPT = """
 import sys, torch
 from tests_of_resume import BANK, RUN
-from ihbook import family, train
+from ihbook.engine import family, train
 family.SAVE_SECONDS = 0.05
 train.train([RUN], bank=BANK, directory=sys.argv[1], progress=False)
 """
@@ -180,7 +187,7 @@ def test_a_killed_process_loses_little_and_resumes_bit_for_bit(small_bank, tmp_p
     run = replace(RUN, n_sequences=32_000)
     (tmp_path / "tests_of_resume.py").write_text(
         "import sys; sys.path.insert(0, %r)\nimport torch\nfrom test_train import RUN as R\nfrom dataclasses import replace\n"
-        "from ihbook.banks import Bank\nRUN = replace(R, n_sequences=32_000)\n"
+        "from ihbook.task import Bank\nRUN = replace(R, n_sequences=32_000)\n"
         "g = torch.Generator().manual_seed(0)\nc = torch.randn(40, 1, 16, generator=g)\n"
         "BANK = Bank(c + 0.1 * torch.randn(40, 3, 16, generator=g), None, {})\n" % str(Path(__file__).parent))
     store = tmp_path / "store"
@@ -228,10 +235,10 @@ def test_clamped_weights_do_not_move(small_bank):
 
 def test_learning_rates():
     run = replace(RUN, warmup=320, schedule="cosine")
-    assert t.rate(run, 0) == pytest.approx(run.lr * 32 / 352) and t.rate(run, 288) == pytest.approx(run.lr * 320 / 352)
-    assert t.rate(run, 320) == run.lr and t.rate(run, 3200) == pytest.approx(0, abs=1e-12)
-    assert t.rate(run, 1760) == pytest.approx(run.lr / 2)
-    assert t.rate(RUN, 0) == t.rate(RUN, 3199) == RUN.lr
+    assert family.rate(run, 0) == pytest.approx(run.lr * 32 / 352) and family.rate(run, 288) == pytest.approx(run.lr * 320 / 352)
+    assert family.rate(run, 320) == run.lr and family.rate(run, 3200) == pytest.approx(0, abs=1e-12)
+    assert family.rate(run, 1760) == pytest.approx(run.lr / 2)
+    assert family.rate(RUN, 0) == family.rate(RUN, 3199) == RUN.lr
 
 
 def test_sgd_follows_the_gradient(small_bank):
@@ -297,8 +304,8 @@ class Own:
 @pytest.fixture
 def processes(monkeypatch):
     """As on a machine of two cores, with runs that count as long but are not compiled."""
-    monkeypatch.setattr(training, "SHARE_FROM", 50)
-    monkeypatch.setattr(training, "n_cores", lambda: 2)
+    monkeypatch.setattr(planning, "SHARE_FROM", 50)
+    monkeypatch.setattr(planning, "n_cores", lambda: 2)
 
 
 def many(n_sequences=RUN.n_sequences):
@@ -308,13 +315,13 @@ def many(n_sequences=RUN.n_sequences):
 
 def test_processes_give_what_this_process_gives(small_bank, processes, tmp_path):
     runs = many()
-    blocks = training.plan_blocks(t.prepare(runs, small_bank), tmp_path)
+    blocks = planning.plan_blocks(prepare(runs, small_bank), tmp_path)
     assert [len(block.family) for block in blocks] == [4, 3]  # one a core
     assert sorted(i for block in blocks for i in block.places) == list(range(7))
     results = train(runs, small_bank, directory=tmp_path, compile=False)
-    assert [r.config for r in results] == runs and not list(tmp_path.iterdir())
+    assert [r.run for r in results] == runs and not list(tmp_path.iterdir())
     for block in blocks:
-        for i, expected in zip(block.places, t.train_family(block.family, tmp_path / "here"), strict=True):
+        for i, expected in zip(block.places, family.train_family(block.family, tmp_path / "here"), strict=True):
             same(results[i], expected)
         shutil.rmtree(tmp_path / "here")
 
@@ -325,33 +332,33 @@ def test_what_is_compiled_is_compiled_once(small_bank, processes, tmp_path):
     windows = (clamps.During(clamps.Copy((1, 0)), until=320), clamps.During(clamps.Copy((1, 1)), start=320))
     asked = [replace(run, clamps=kind) for run in (RUN, wider)
              for kind in [(), windows, (clamps.Ablate((1, 0)),), (clamps.Ablate((1, 1)),), (clamps.Preserve("values"),)]]
-    blocks = training.plan_blocks(t.prepare(asked, small_bank), tmp_path, compile=True)
-    together = {block.places[0]: block.also for block in blocks}
-    assert {len(also) for i, also in together.items() if i % 5 != 4} == {4}  # none, one copy, the other, and ablation
+    blocks = planning.plan_blocks(prepare(asked, small_bank), tmp_path, compile=True)
+    together = {block.places[0]: block.compile_with for block in blocks}
+    assert {len(clamp_lists) for i, clamp_lists in together.items() if i % 5 != 4} == {4}  # none, one copy, the other, and ablation
     assert together[4] == together[9] == ((clamps.Preserve("values"),),)
     forms = set()
     for block in blocks:
-        schedule = t._Schedule(block.family, "cpu", step.PLAIN, block.also)
-        forms |= {schedule.plan(t._State(i, [0], {}, {})).form for i in (0, 50)}
+        schedule = family.Schedule(block.family, "cpu", step.PLAIN, block.compile_with)
+        forms |= {flat.form_of(schedule.plan(states.FamilyState(i, [0], {}, {}))) for i in (0, 50)}
     assert len(forms) == 2
-    tasks = [block.family[0].config.task for block in blocks if block.places[0] % 5 != 4]
+    tasks = [block.family[0].run.task for block in blocks if block.places[0] % 5 != 4]
     assert [task == tasks[0] for task in tasks] == [True] * 4 + [False] * 4
     # What is left of a call is trained by the programs of the whole call.
-    left = training.plan_blocks(t.prepare(asked[:1], small_bank), tmp_path, compile=True, asked=t.prepare(asked, small_bank))
-    assert left[0].also == together[0] and training.plan_blocks(t.prepare(asked[:1], small_bank), tmp_path)[0].also == ()
+    left = planning.plan_blocks(prepare(asked[:1], small_bank), tmp_path, compile=True, asked=prepare(asked, small_bank))
+    assert left[0].compile_with == together[0] and planning.plan_blocks(prepare(asked[:1], small_bank), tmp_path)[0].compile_with == ()
 
 
 def test_processes_have_equal_shares_and_each_compiles_a_program_once(small_bank, monkeypatch):
-    def blocks(*steps_and_programs):
-        return [training.Block(t.prepare([replace(RUN, n_sequences=32 * n, lr=lr)], small_bank), [i], True)
+    def made(*steps_and_programs):
+        return [planning.Block(prepare([replace(RUN, n_sequences=32 * n, lr=lr)], small_bank), [i], True)
                 for i, (n, lr) in enumerate(steps_and_programs)]
 
-    monkeypatch.setattr(training, "COMPILING", 100)
-    assert training._shares(blocks(*[(10, 1e-3)] * 4), 2) == [[0, 1], [2, 3]]
-    assert training._shares(blocks((10, 1e-3), (10, 1e-3), (10, 1e-3), (10, 2e-3)), 2) == [[0, 1, 2], [3]]
-    assert training._shares(blocks((500, 1e-3), (10, 1e-3), (10, 2e-3)), 2) == [[0], [1, 2]]
-    assert training._shares(blocks((10, 1e-3)), 2) == [[0]]
-    assert training._shares(blocks(*[(10, 1e-3)] * 5), 3) == [[0, 1], [2, 3], [4]]
+    monkeypatch.setattr(planning, "COMPILING", 100)
+    assert planning.shares(made(*[(10, 1e-3)] * 4), 2) == [[0, 1], [2, 3]]
+    assert planning.shares(made((10, 1e-3), (10, 1e-3), (10, 1e-3), (10, 2e-3)), 2) == [[0, 1, 2], [3]]
+    assert planning.shares(made((500, 1e-3), (10, 1e-3), (10, 2e-3)), 2) == [[0], [1, 2]]
+    assert planning.shares(made((10, 1e-3)), 2) == [[0]]
+    assert planning.shares(made(*[(10, 1e-3)] * 5), 3) == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -374,18 +381,18 @@ def test_processes_stop_save_and_go_on(small_bank, processes, tmp_path, number):
 
 def test_a_call_that_goes_on_keeps_its_blocks(small_bank, processes, tmp_path, monkeypatch):
     """Also where planning what is left anew would make other blocks, or would not compile them."""
-    runs = t.prepare(training.seeds(RUN, 4), small_bank)
-    monkeypatch.setitem(training.COMPILE_FROM, "cpu", 400)
-    monkeypatch.setitem(training.BLOCK, "cpu", 2)
-    first, second = training.plan_blocks(runs, tmp_path)
+    runs = prepare(training.seeds(RUN, 4), small_bank)
+    monkeypatch.setitem(compiled.COMPILE_FROM, "cpu", 400)
+    monkeypatch.setitem(compiled.BLOCK, "cpu", 2)
+    first, second = planning.plan_blocks(runs, tmp_path)
     for block in (first, second):
-        t.announce(block.family, block.folder(tmp_path), block.compile)
-    [left] = training.plan_blocks(second.family, tmp_path)
+        block.announce(tmp_path)
+    [left] = planning.plan_blocks(second.family, tmp_path)
     assert (left.family, left.places, left.compile) == (second.family, [0, 1], True)
-    assert [block.compile for block in training.plan_blocks(second.family, tmp_path / "new")] == [False, False]
-    assert [block.places for block in training.plan_blocks([*second.family[:1], *runs[:2]], tmp_path)] == [[1, 2], [0]]
+    assert [block.compile for block in planning.plan_blocks(second.family, tmp_path / "new")] == [False, False]
+    assert [block.places for block in planning.plan_blocks([*second.family[:1], *runs[:2]], tmp_path)] == [[1, 2], [0]]
     (second.folder(tmp_path) / "family.json").write_text("{")
-    assert len(training.plan_blocks(second.family, tmp_path)) == 2
+    assert len(planning.plan_blocks(second.family, tmp_path)) == 2
 
 
 def test_a_failing_process_is_reported(small_bank, processes, tmp_path):
@@ -399,13 +406,13 @@ import sys
 sys.path.insert(0, {tests!r})
 import test_train as tests
 import torch
-from ihbook import family, step, train
-from ihbook.banks import Bank
+from ihbook.engine import blocks, family, train
+from ihbook.task import Bank
 
 generator = torch.Generator().manual_seed(0)
 centres = torch.randn(40, 1, 16, generator=generator)
 bank = Bank(centres + 0.1 * torch.randn(40, 3, 16, generator=generator), None, {{}})
-family.SAVE_SECONDS, train.SHARE_FROM, train.n_cores = 0.05, 50, lambda: 2
+family.SAVE_SECONDS, blocks.SHARE_FROM, blocks.n_cores = 0.05, 50, lambda: 2
 train.train(tests.many(24_000), bank=bank, directory=sys.argv[1], progress=False, compile=False)
 """
 
@@ -456,13 +463,13 @@ def test_the_eval_seed_changes_evaluations_alone(small_bank):
 ])
 def test_runs_of_different_programs_do_not_share_one(small_bank, tmp_path, changes):
     runs = [RUN, replace(RUN, **changes)]
-    assert len(training.plan_blocks(t.prepare(runs, small_bank), tmp_path)) == 2
+    assert len(planning.plan_blocks(prepare(runs, small_bank), tmp_path)) == 2
     cosine = [replace(RUN, schedule="cosine"), replace(RUN, schedule="cosine", n_sequences=1600)]
-    assert len(training.plan_blocks(t.prepare(cosine, small_bank), tmp_path)) == 2
+    assert len(planning.plan_blocks(prepare(cosine, small_bank), tmp_path)) == 2
 
 
 def test_a_family_of_noisy_runs_with_their_own_evaluations_equals_each_alone(small_bank, monkeypatch):
-    monkeypatch.setattr(t, "CHUNK_STEPS", 16)
+    monkeypatch.setattr(family, "CHUNK_STEPS", 16)
     noisy = replace(RUN, task=replace(RUN.task, noise=0.3), checkpoint_every=0)
     runs = [noisy, replace(noisy, eval_seed=4, n_sequences=2000), replace(noisy, data_seed=7, eval_every=700)]
     for run, together in zip(runs, train(runs, small_bank), strict=True):
@@ -471,10 +478,10 @@ def test_a_family_of_noisy_runs_with_their_own_evaluations_equals_each_alone(sma
 
 
 def test_every_step_has_sequences_of_its_own(small_bank, monkeypatch):
-    monkeypatch.setattr(t, "CHUNK_STEPS", 4)
-    family = t.prepare([RUN], small_bank)
-    schedule = t._Schedule(family, "cpu", step.PLAIN)
-    batches = [schedule.batch(t._State(i, [0], {}, {}))[0] for i in range(12)]
+    monkeypatch.setattr(family, "CHUNK_STEPS", 4)
+    prepared = prepare([RUN], small_bank)
+    schedule = family.Schedule(prepared, "cpu", step.PLAIN)
+    batches = [schedule.batch(states.FamilyState(i, [0], {}, {}))[0] for i in range(12)]
     assert len({tuple(b.ids.flatten().tolist()) for b in batches}) == 12
 
 
@@ -482,12 +489,12 @@ def test_steps_are_those_of_torch(small_bank):
     """Adam and SGD, against PyTorch's own, with gradients of every size."""
     for optimiser, reference in (("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)):
         run = replace(RUN, optimiser=optimiser, lr=0.01)
-        [each] = t.prepare([run], small_bank)
-        schedule = t._Schedule([each], "cpu", step.PLAIN)
+        [each] = prepare([run], small_bank)
+        schedule = family.Schedule([each], "cpu", step.PLAIN)
         ours, theirs = stack([each.weights]), {name: p.requires_grad_() for name, p in stack([each.weights]).items()}
-        moments, other = step.moments_of(ours, run), reference(theirs.values(), lr=0.01)
+        moments, other = step.initial_moments(ours, run), reference(theirs.values(), lr=0.01)
         for i in range(5):
-            state = t._State(i, [0], ours, moments)
+            state = states.FamilyState(i, [0], ours, moments)
             (batch, scalars), plan = schedule.batch(state), schedule.plan(state)
             step.train_step(ours, moments, batch, plan, run.model, scalars)
             other.zero_grad()
@@ -501,13 +508,13 @@ def test_steps_are_those_of_torch(small_bank):
 def test_schedules_are_applied_at_their_step(small_bank, changes):
     """Against PyTorch's optimiser, given each step's rate."""
     run = replace(RUN, n_sequences=320, lr=0.01, **changes)
-    [each] = t.prepare([run], small_bank)
-    schedule = t._Schedule([each], "cpu", step.PLAIN)
+    [each] = prepare([run], small_bank)
+    schedule = family.Schedule([each], "cpu", step.PLAIN)
     ours, theirs = stack([each.weights]), {name: p.requires_grad_() for name, p in stack([each.weights]).items()}
-    moments = step.moments_of(ours, run)
+    moments = step.initial_moments(ours, run)
     other = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[run.optimiser](theirs.values(), lr=1.0)
     for i in range(run.n_steps):
-        state = t._State(i, [0], ours, moments)
+        state = states.FamilyState(i, [0], ours, moments)
         (batch, scalars), plan = schedule.batch(state), schedule.plan(state)
         step.train_step(ours, moments, batch, plan, run.model, scalars)
         seen = 32 * i
@@ -546,7 +553,7 @@ def test_digests_reach_every_field():
 
 def test_a_family_is_of_its_bank(small_bank):
     other = replace(small_bank, features=small_bank.features + 1)
-    assert t.family_digest(t.prepare([RUN], small_bank)) != t.family_digest(t.prepare([RUN], other))
+    assert family_digest(prepare([RUN], small_bank)) != family_digest(prepare([RUN], other))
     assert len({(run.init_seed, run.data_seed) for run in training.seeds(RUN, 3)}) == 3
     assert len({run.data_seed for run in training.seeds(RUN, 3)}) == 3
 
@@ -564,7 +571,7 @@ class Untraceable:
         return (x if bool((x == x).all()) else -x).unflatten(3, (2, 8))
 
 
-@pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
+@pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_a_compiled_program_serves_families_of_other_sizes_and_plans(small_bank):
     """Guards are checked once for each; what was compiled for one must not be used for another."""
     runs = [RUN, replace(RUN, n_sequences=1600), replace(RUN, clamps=(clamps.During(clamps.PreviousToken((0, 1)), 640, 1280),))]
@@ -578,25 +585,25 @@ def test_a_compiled_program_serves_families_of_other_sizes_and_plans(small_bank)
 def test_a_compiled_program_is_for_arguments_in_one_order(small_bank, tmp_path, monkeypatch):
     """It is called with a flat list, in which one moment could be taken for the other; a saved state keeps the order."""
     made = []
-    monkeypatch.setattr(step, "_compiled", lambda plain, args, tensors: made.append(tensors) or (lambda *values: values))
-    [each] = t.prepare([RUN], small_bank)
-    params = t.stack([each.weights])
-    state = t._State(0, [0], params, step.moments_of(params, RUN))
-    schedule = t._Schedule([each], "cpu", step.PLAIN)
+    monkeypatch.setattr(compiled, "compiled", lambda plain, args, tensors: made.append(tensors) or (lambda *values: values))
+    [each] = prepare([RUN], small_bank)
+    params = stack([each.weights])
+    state = states.FamilyState(0, [0], params, step.initial_moments(params, RUN))
+    schedule = family.Schedule([each], "cpu", step.PLAIN)
     (batch, scalars), plan = schedule.batch(state), schedule.plan(state)
-    call = step._compiling(step.train_step)
+    call = compiled.compiling(step.train_step)
     turned = {kind: state.moments[kind] for kind in ("exp_avg_sq", "exp_avg")}
     inside = {kind: dict(reversed(moments.items())) for kind, moments in state.moments.items()}
     for moments in (state.moments, turned, inside, state.moments):
         call(params, moments, batch, plan, RUN.model, scalars)
     call(dict(reversed(params.items())), state.moments, batch, plan, RUN.model, scalars)
     assert len(made) == 4
-    t._save(tmp_path, state)
-    loaded = t._load(tmp_path, [each], "cpu")
-    assert step._names((loaded.params, loaded.moments)) == step._names((params, state.moments))
+    states.save_state(tmp_path, state)
+    loaded = states.load_state(tmp_path, [each], "cpu")
+    assert flat.names_of((loaded.params, loaded.moments)) == flat.names_of((params, state.moments))
 
 
-@pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
+@pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_what_cannot_be_compiled_is_trained_all_the_same(small_bank):
     run = replace(RUN, clamps=(Untraceable(),), n_sequences=320)
     with pytest.warns(UserWarning, match="training is not compiled"):
@@ -605,19 +612,19 @@ def test_what_cannot_be_compiled_is_trained_all_the_same(small_bank):
 
 
 def test_without_a_compiler_training_is_plain_and_says_so(small_bank, monkeypatch):
-    monkeypatch.setattr(step, "_has_compiler", lambda: False)
+    monkeypatch.setattr(compiled, "has_compiler", lambda: False)
     with pytest.warns(UserWarning, match="no C.. compiler") as warned:
         [found] = train([replace(RUN, n_sequences=320)], small_bank, compile=True)
     assert len(warned) == 1
     same(found, train([replace(RUN, n_sequences=320)], small_bank, compile=False)[0])
 
 
-@pytest.mark.skipif(not step._has_compiler(), reason="there is no C++ compiler on this machine")
+@pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_compiled_training_is_resumed_bit_for_bit_too(small_bank, tmp_path, monkeypatch):
     runs = training.seeds(replace(RUN, n_sequences=1600), 2)
     whole = train(runs, small_bank, compile=True)
     plain = train(runs, small_bank, compile=False)
-    monkeypatch.setattr(training, "_stop_signals", stop_soon)
+    monkeypatch.setattr(training, "stop_signals", stop_soon)
     with pytest.raises(KeyboardInterrupt):
         train(runs, small_bank, compile=True, directory=tmp_path)
     monkeypatch.undo()
@@ -638,42 +645,69 @@ def test_a_stopped_call_keeps_the_blocks_that_it_had_finished(small_bank, tmp_pa
             os.kill(os.getpid(), signal.SIGTERM)
         return step.train_step(*args)
 
-    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, train=counted))
+    monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=counted))
     with pytest.raises(KeyboardInterrupt):
         train(runs, small_bank, directory=tmp_path)
     train(runs, small_bank, directory=tmp_path)
     assert count == 200 and not list(tmp_path.iterdir())
 
 
-def test_an_edited_clamp_is_another_run():
-    """Names, constants and functions inside of a method count, in every process alike; what a line number is does not."""
+def test_an_edited_clamp_is_another_run(tmp_path, monkeypatch):
+    """Names, constants and functions inside of a method count, in every process alike; layout, comments and docstrings do not."""
     source = """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import math
 {space}
 @dataclass(frozen=True)
 class Mine:
     strength: float = 1.0
     def writes(self, shape):
+        {words}
         return [math.{function}(x) for x in map(lambda x: {factor} * x, [1.0]) if x in {{'a', 'b', 'c'}}]
     @property
     def {name}(self):
         return {constant}
 """
-    same_as, first = {"space": "\n\n"}, {"space": "", "function": "sin", "factor": 2, "name": "p", "constant": 1}
-    def digest(**changed):
-        names = {"__name__": "notebook"}
-        sys.modules.setdefault("notebook", type(sys)("notebook"))
-        exec(source.format(**first | changed), names)
-        return RunConfig(clamps=[names["Mine"]()]).digest
+    first = {"space": "", "words": "", "function": "sin", "factor": 2, "name": "p", "constant": 1}
+    made = iter(range(100))
 
-    assert digest() == digest(**same_as)
+    def digest(**changed):
+        name = f"notebook_{next(made)}"
+        (tmp_path / f"{name}.py").write_text(source.format(**first | changed))
+        return RunConfig(clamps=[importlib.import_module(name).Mine()]).digest
+
+    monkeypatch.syspath_prepend(tmp_path)
+    assert digest() == digest(space="\n\n") == digest(words="'What it does.'  # and a comment")
     assert len({digest(), *(digest(**{key: value}) for key, value in
                             {"function": "cos", "factor": 3, "name": "q", "constant": 2}.items())}) == 5
-    code = ("from test_train import Own, replace; from ihbook.config import RunConfig, _instructions\n"
-            "print(RunConfig(clamps=[Own()]).digest, _instructions((lambda x: x in {'a', 'b', 'c', 'd'}).__code__))")
+    code = "from test_train import Own; from ihbook.config import RunConfig; print(RunConfig(clamps=[Own()]).digest)"
     assert len({subprocess.check_output([sys.executable, "-c", code], text=True, cwd=Path(__file__).parent,
                                         env={**os.environ, "PYTHONHASHSEED": seed}) for seed in "123"}) == 1
+
+
+def test_every_version_of_python_gives_a_clamp_the_same_digest():
+    """Pinned: whatever version runs the tests must agree, f-strings, comprehensions and all."""
+    assert code_digest(Telling) == "1b4d4e7ad970dde9"
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Some of what versions of Python parse otherwise."""
+
+    head: tuple = (1, 0)
+
+    def writes(self, shape):
+        assert shape.n_heads > 0, f"no heads: {shape!r:>{2 * 3}} {'a' 'b'}"
+        names = {key: [x[0, 1:] for x in ()] if False else value for key, value in {"v": 1}.items()}
+        return [clamps.Write(name, layer, ~shape.zeros(name)) for name, layer in names.items() if (n := 1) and not n < 1]
+
+
+def test_a_clamp_without_source_is_refused_by_name(small_bank):
+    names = {"__name__": "nowhere"}
+    exec("class Nowhere:\n    def writes(self, shape):\n        return []\n", names)
+    mine = dataclass(frozen=True)(names["Nowhere"])
+    with pytest.raises(TypeError, match="source of Nowhere.writes can't be read"):
+        train([replace(RUN, clamps=(mine(),))], small_bank)
 
 
 @pytest.mark.parametrize("bad, words", [({"bank": "omniglot"}, "BankConfig"), ({"task": {}}, "TaskConfig"),
@@ -718,13 +752,13 @@ def test_what_a_training_process_prints_is_not_taken_for_a_message(small_bank, p
 
 def fake_programs(monkeypatch, seconds=0.0):
     """`step._compiled` as a function that only says what it was made for."""
-    def compiled(plain, args, tensors):
+    def fake(plain, args, tensors):
         time.sleep(seconds)
         made = [t.stride() for t in tensors], args[-1]
         return lambda *given: (made, [t.stride() for t in given])
 
-    monkeypatch.setattr(step, "_compiled", compiled)
-    return step._compiling(lambda *args: None)
+    monkeypatch.setattr(compiled, "compiled", fake)
+    return compiled.compiling(lambda *args: None)
 
 
 def test_a_program_is_not_used_for_tensors_that_lie_otherwise(monkeypatch):

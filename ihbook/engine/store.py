@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -21,11 +20,17 @@ import platformdirs
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from ihbook import family, folders, spread, train
-from ihbook.banks import Bank
-from ihbook.config import RunConfig, at_least, encode
-from ihbook.family import Prepared, Result
-from ihbook.folders import Damaged
+from ihbook import engine
+from ihbook.checks import at_least
+from ihbook.config import RunConfig
+from ihbook.digest import digest
+from ihbook.engine import cluster, folders
+from ihbook.engine.blocks import plan_blocks
+from ihbook.engine.folders import Damaged
+from ihbook.engine.prepared import Prepared, prepare
+from ihbook.engine.results import Result
+from ihbook.engine.train import train_blocks
+from ihbook.task import Bank
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -46,15 +51,14 @@ class Entry:
     written: float
 
 
-def key(each: Prepared) -> tuple[str, int]:
+def store_key(prepared: Prepared) -> tuple[str, int]:
     """A run's name in the store: all that decides it but its length, and its length in sequences.
 
     Where the learning rate follows the length, that is part of the name too.
     """
-    run = replace(each.config, bank=replace(each.config.bank, path=None))  # wherever it lies: its digest is what counts
-    shape = run if run.schedule == "cosine" else replace(run, n_sequences=run.batch_size)
-    names = [family.VERSION, encode(shape), each.bank.digest]
-    return hashlib.sha256(json.dumps(names, sort_keys=True).encode()).hexdigest()[:24], run.n_steps * run.batch_size
+    run = replace(prepared.run, bank=replace(prepared.run.bank, path=None))  # wherever it lies: its digest is what counts
+    any_length = run if run.schedule == "cosine" else replace(run, n_sequences=run.batch_size)
+    return digest([engine.VERSION, any_length, prepared.bank.digest])[:24], run.n_steps * run.batch_size
 
 
 class Store:
@@ -64,60 +68,60 @@ class Store:
         self.root = Path(root) if root else default_root()
 
     def fetch(self, runs: Sequence[RunConfig], *, bank: Bank | None = None, device: str | torch.device = "cpu",
-              compile: bool | None = None, progress: bool = True, executor: Client | None = None) -> list[Result]:
+              compile: bool | None = None, progress: bool = True, client: Client | None = None) -> list[Result]:
         """The results of `runs`, in their order: read where they are stored, trained and stored where not.
 
-        A run that another process is training is waited for. Options as in `train.train`. With a Dask client as `executor`
-        (`spread.connect`), what is missing is trained by its workers, on the devices that they have, and stored here.
+        A run that another process is training is waited for. Options as in `train.train`. With a Dask `client`
+        (`cluster.connect`), what is missing is trained by its workers, on the devices that they have, and stored here.
 
         Raises ValueError for a run that can't be trained, OSError where the store can't be written, KeyboardInterrupt when
         stopped: what was done is kept, and the same call goes on.
         """
-        prepared = family.prepare(runs, bank, device)
-        names = [f"{name}-{length}" for name, length in map(key, prepared)]
-        found = {name: self.get(each, mend=False) for name, each in dict(zip(names, prepared, strict=True)).items()}
-        missing = {name: each for name, each in zip(names, prepared, strict=True) if found[name] is None}
+        asked = prepare(runs, bank, device)
+        names = ["{}-{}".format(*store_key(prepared)) for prepared in asked]
+        found = {name: self.get(prepared, mend=False) for name, prepared in dict(zip(names, asked, strict=True)).items()}
+        missing = {name: prepared for name, prepared in zip(names, asked, strict=True) if found[name] is None}
         if missing:
             with ExitStack() as locks:
                 for name in sorted(missing):  # in one order, so that two processes never wait for each other
                     locks.enter_context(self._lock(name, progress))
-                for name, each in missing.items():
-                    found[name] = self.get(each)  # another process may have trained it while this one waited
-                rest = {name: each for name, each in missing.items() if found[name] is None}
-                found |= (self._train(rest, prepared, device, compile, progress) if executor is None
-                          else self._spread(rest, executor, progress))
-        return [replace(found[name], config=run) for name, run in zip(names, runs, strict=True)]
+                for name, prepared in missing.items():
+                    found[name] = self.get(prepared)  # another process may have trained it while this one waited
+                rest = {name: prepared for name, prepared in missing.items() if found[name] is None}
+                found |= (self._train(rest, asked, device, compile, progress) if client is None
+                          else self._train_on_workers(rest, client, progress))
+        return [replace(found[name], run=run) for name, run in zip(names, runs, strict=True)]
 
     def _train(self, missing: dict[str, Prepared], asked: list[Prepared], device: str | torch.device, compile: bool | None,
                progress: bool) -> dict[str, Result]:
         names, done = list(missing), {}
         directory = self.root / "training"
-        blocks = train.plan_blocks(list(missing.values()), directory, device, compile, asked)
-        for block, results in train.train_blocks(blocks, directory, device, progress):
-            for i, each, result in zip(block.places, block.family, results, strict=True):
-                done[names[i]] = self.put(each, result)
+        blocks = plan_blocks(list(missing.values()), directory, device, compile, asked)
+        for block, results in train_blocks(blocks, directory, device, progress):
+            for i, prepared, result in zip(block.places, block.family, results, strict=True):
+                done[names[i]] = self.put(prepared, result)
             shutil.rmtree(block.folder(directory), ignore_errors=True)
         return done
 
-    def _spread(self, missing: dict[str, Prepared], client: Client, progress: bool) -> dict[str, Result]:
+    def _train_on_workers(self, missing: dict[str, Prepared], client: Client, progress: bool) -> dict[str, Result]:
         names, wanted, done = list(missing), list(missing.values()), {}
-        for i, files in spread.train(client, wanted, progress):
+        for i, files in cluster.train_on_workers(client, wanted, progress):
             done[names[i]] = self._receive(wanted[i], files)
         return done
 
-    def _receive(self, each: Prepared, files: dict[str, bytes]) -> Result:
+    def _receive(self, prepared: Prepared, files: dict[str, bytes]) -> Result:
         """Store a run's folder as it was sent from elsewhere, once it is verified."""
-        with self._placing(each) as partial:
-            folders.unpack(files, partial, each)
-        return folders.read(self._folder(each), each.config)
+        with self._placing(prepared) as partial:
+            folders.unpack(files, partial, prepared)
+        return folders.read(self._folder(prepared), prepared.run)
 
-    def _folder(self, each: Prepared) -> Path:
-        return self.root / "runs" / "{}-{}".format(*key(each))
+    def _folder(self, prepared: Prepared) -> Path:
+        return self.root / "runs" / "{}-{}".format(*store_key(prepared))
 
     @contextmanager
-    def _placing(self, each: Prepared) -> Iterator[Path]:
+    def _placing(self, prepared: Prepared) -> Iterator[Path]:
         """A new folder, which becomes that of the run when it is complete."""
-        folder = self._folder(each)
+        folder = self._folder(prepared)
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
             partial.mkdir(parents=True)
@@ -149,18 +153,18 @@ class Store:
                       else "make it writable, or set IHBOOK_STORE to a folder that is")
             raise OSError(f"can't write to the store {self.root} ({error}); {remedy}") from error
 
-    def get(self, each: Prepared, *, mend: bool = True) -> Result | None:
-        """The stored run, or the beginning of a longer one that was evaluated and kept there; None where there is none.
+    def get(self, prepared: Prepared, *, mend: bool = True) -> Result | None:
+        """The stored run, or the beginning of a longer one that was evaluated and has a checkpoint there; None where there is none.
 
-        A damaged folder is reported and removed, or without `mend`, which is for who holds the run's lock, passed over.
+        A damaged folder: with `mend` (only while holding the run's lock) warn and delete it; otherwise skip it.
         """
-        name, length = key(each)
+        name, length = store_key(prepared)
         for stored in sorted(int(path.name.rsplit("-", 1)[1]) for path in self._folders(f"runs/{name}-*")):
             if stored < length:
                 continue
             folder = self.root / "runs" / f"{name}-{stored}"
             try:
-                result = folders.read(folder, each.config)
+                result = folders.read(folder, prepared.run)
                 if stored > length:
                     result = _cut(result, length)
             except Damaged as error:
@@ -174,11 +178,11 @@ class Store:
                 return result
         return None
 
-    def put(self, each: Prepared, result: Result) -> Result:
+    def put(self, prepared: Prepared, result: Result) -> Result:
         """Store a result, whole or not at all. Returns it as read from there."""
-        with self._placing(each) as partial:
-            folders.write(partial, each, result)
-        return folders.read(self._folder(each), each.config)
+        with self._placing(prepared) as partial:
+            folders.write(partial, prepared, result)
+        return folders.read(self._folder(prepared), prepared.run)
 
     def _folders(self, where: str = "runs/*", name: str = r"[0-9a-f]{24}-\d+") -> list[Path]:
         """The folders there (a glob) of such names (a pattern): what else lies there is not the store's."""
@@ -212,7 +216,7 @@ class Store:
         wrong = self.verify()
         old = time.time() - 86_400 * days if days is not None else -float("inf")
         gone = [e.folder for e in self.entries() if everything or e.folder in wrong or e.written < old
-                or e.config.get("version") != family.VERSION]
+                or e.config.get("version") != engine.VERSION]
         gone += self._folders("runs/.*", r"\.[0-9a-f]{24}-\d+\..*") + self._folders("training/*", r"[0-9a-f]{24}")
         for folder in gone:
             shutil.rmtree(folder)
@@ -220,18 +224,17 @@ class Store:
         return gone
 
 
-def fetch(runs: Sequence[RunConfig], *, device: str | torch.device = "cpu", progress: bool = True,
-          executor: Client | None = None) -> list[Result]:
+def fetch(runs: Sequence[RunConfig], *, bank: Bank | None = None, device: str | torch.device = "cpu", progress: bool = True,
+          client: Client | None = None) -> list[Result]:
     """`Store.fetch` on the default store: how the book's chapters get their runs."""
-    return Store().fetch(runs, device=device, progress=progress, executor=executor)
+    return Store().fetch(runs, bank=bank, device=device, progress=progress, client=client)
 
 
 def _cut(result: Result, length: int) -> Result | None:
     """The first `length` sequences of a longer result, or None where it has no weights or no evaluation there."""
-    run = result.config
     evaluated = set(result.metrics[result.metrics["sequences"] == length]["eval_set"])
     if length not in result.checkpoints or evaluated != set(result.metrics["eval_set"]):
         return None
     metrics, heads = (table[table["sequences"] <= length].reset_index(drop=True) for table in (result.metrics, result.heads))
     kept = {seen: result.checkpoints[seen] for seen in result.checkpoints if seen <= length}
-    return Result(run, metrics, heads, kept[length], kept)
+    return Result(result.run, metrics, heads, kept[length], kept)

@@ -19,14 +19,31 @@ import ipywidgets
 import torch
 from torch import Tensor
 
-from ihbook import compose, data, experiments, family, metrics, pictures, toy
+from ihbook import metrics, task, toy
 from ihbook.banks import load_bank
-from ihbook.clamps import Ablate, Clamp, Copy, Induction, PerfectLayer1, Preserve, PreviousToken
+from ihbook.chapters import experiments, pictures
+from ihbook.chapters.experiments import Settings
+from ihbook.chapters.panels import (
+    STYLE,
+    Axes,
+    Control,
+    Panel,
+    Part,
+    bar_values,
+    bars,
+    chart,
+    page,
+    pattern_values,
+    patterns,
+    picture,
+    short,
+)
+from ihbook.clamps import Ablate, Clamp, Copy, Induction, PerfectLayer1, Preserve, PreviousToken, run_with_clamps
 from ihbook.config import RunConfig
-from ihbook.data import Batch
-from ihbook.experiments import Settings
-from ihbook.family import Result
-from ihbook.panels import STYLE, Axes, Control, Panel, Part, bar_values, bars, chart, page, pattern_values, patterns, picture, short
+from ihbook.engine.family import train_family
+from ihbook.engine.prepared import prepare
+from ihbook.engine.results import Result
+from ihbook.task import Batch
 
 TOKENS = ("x", "ℓ", "x", "ℓ", "?")
 KINDS = {"train": "training", "test_relabel": "new pair of labels", "test_exemplars": "new exemplars",
@@ -61,11 +78,11 @@ def sequences(settings: Settings, n_training: int = 3) -> list[Shown]:
     """Some training sequences and one of each kind that is new, from the evaluation sets."""
     run = settings.run()
     bank = load_bank(run.bank)
-    splits = data.split(bank, run.task)
+    splits = task.split(bank, run.task)
     sources = {"train": splits.train_ids, "test_relabel": splits.train_ids, "test_exemplars": splits.exemplar_ids,
                "test_classes": splits.class_ids}
     found = []
-    for name, batch in data.evaluation_sets(splits, run.eval_seed, 16).items():
+    for name, batch in task.evaluation_sets(splits, run.eval_seed, 16).items():
         for i, one in enumerate(batch.split(1)[:n_training if name == "train" else 1]):
             images = None
             if bank.images is not None:
@@ -109,7 +126,7 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
     if not seen:
         raise ValueError("the run has no checkpoints to scrub through at which it was evaluated; give it checkpoint_every and "
                          "heads_every, such as 20,000 sequences both")
-    model, n_labels = result.config.model, result.config.task.n_labels
+    model, n_labels = result.run.model, result.run.task.n_labels
     losses = experiments.curve(result)
     axes = _loss_axes(seen[-1])
     line = axes.path(losses[["sequences", "value"]].to_numpy())
@@ -122,7 +139,7 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
     @cache
     def acts(at: int, i: int) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            found = compose.run(weights(at), shown[i].batch, result.config.clamps)
+            found = run_with_clamps(weights(at), shown[i].batch, result.run.clamps)
         return found["pattern", 0][0, 0], found["pattern", 1][0, 0], found.logits[0, 0].softmax(0)
 
     def charts(at: str, i: str) -> list[str]:
@@ -166,7 +183,7 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
 
     Live, every head has its switch. The page without a kernel has those of Layer 2, under some of the clamps.
     """
-    weights, model = result.weights, result.config.model
+    weights, model = result.weights, result.run.model
     best = next(iter(experiments.by_strength(result, sample)))
     found = experiments.previous_token_heads(result)
     previous, pt = tuple((0, h) for h in found), (0, found[-1])
@@ -185,7 +202,7 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
 
     def attention(i: str, clamps: Sequence[Clamp], first: str = "", last: str = "") -> list[str]:
         with torch.no_grad():
-            acts = compose.run(weights, shown[int(i)].batch, clamps)
+            acts = run_with_clamps(weights, shown[int(i)].batch, clamps)
         on = [None if not bits else [bit == "1" for bit in bits] for bits in (first, last)]
         return [*pattern_values(acts["pattern", 0][0, 0], on[0]), *pattern_values(acts["pattern", 1][0, 0], on[1])]
 
@@ -232,7 +249,7 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
 def wiring(result: Result, sample: Batch) -> Panel:
     """Who feeds a head of Layer 2, through its keys and through its values: by the weights, and by the accuracy that the head
     alone loses when a head of Layer 1 is switched off, felt by its patterns or by its values (Figure 11)."""
-    weights, n = result.weights, result.config.model.n_heads
+    weights, n = result.weights, result.run.model.n_heads
     order = list(experiments.by_strength(result, sample))
     names = [f"0.{i}" for i in range(n)]
     scores = [metrics.composition_scores(weights, part)[order] for part in ("keys", "values")]
@@ -258,7 +275,8 @@ def toy_model(seed: int = 1, n_iterations: int = 400) -> Panel:
     """The toy model under sliders: how much of each vector is given, and the loss (Figures 5a, 9)."""
     strengths = (0.0, 0.25, 0.5, 0.75, 1.0)
     given = list(itertools.product(strengths, repeat=len(toy.NAMES)))
-    found = toy.train((seed,) * len(given), dict(zip(toy.NAMES, zip(*given, strict=True), strict=True)), n_iterations=n_iterations)
+    shares = dict(zip(toy.NAMES, zip(*given, strict=True), strict=True))
+    found = toy.descend((seed,) * len(given), shares, n_iterations=n_iterations)
     losses = dict(zip(given, found["relative_loss"].to_numpy().reshape(-1, len(given)).T, strict=True))
     top = max(loss.max() for loss in losses.values())
     axes = Axes((0, n_iterations), (0, top), "iterations", "loss, as a share of the loss of learning nothing",
@@ -317,7 +335,7 @@ class WhatIf(ipywidgets.VBox):
             return
         self.runs = [self.settings.run(self.length, clamps=self.choices[name]) for name in self.chosen.value]
         try:
-            self._family = family.prepare(self.runs, device=self.settings.device)
+            self._family = prepare(self.runs, device=self.settings.device)
         except ValueError as error:
             self._say(str(error))
             return
@@ -350,7 +368,7 @@ class WhatIf(ipywidgets.VBox):
                 self._draw()
 
         try:
-            results = family.train_family(self._family, Path(self._folder.name), self.settings.device, report=report,
+            results = train_family(self._family, Path(self._folder.name), self.settings.device, report=report,
                                           stopped=self._stopping.is_set)
         except Exception as error:  # in a thread nobody else would hear of it
             self._say(f"{type(error).__name__}: {error}")

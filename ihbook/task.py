@@ -1,22 +1,50 @@
-"""Sequences of the in-context classification task: splits, sampling, evaluation sets, the complete enumeration (chapter 1)."""
+"""The in-context classification task: banks of characters, splits, sequences, evaluation sets (chapter 1; §2 of the paper)."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ihbook.banks import Bank
+from ihbook.checks import one_of
 from ihbook.config import TaskConfig
 
-EVAL_SETS = ("train", "test_relabel", "test_exemplars", "test_classes")
 MAX_LABEL_SETS = 100_000
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Characters as features, float32 `[class, exemplar, dim]`, and as images, uint8 `[class, exemplar, 28, 28]`, or None.
+
+    Ink is 255 on 0. `metadata` (JSON-able) says where the bank came from and how the features were made.
+    """
+
+    features: Tensor
+    images: Tensor | None
+    metadata: dict
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the features' shape and bytes."""
+        return hashlib.sha256(repr(tuple(self.features.shape)).encode() + self.features.contiguous().numpy().tobytes()).hexdigest()
+
+    @property
+    def n_classes(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def n_exemplars(self) -> int:
+        return self.features.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.features.shape[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +59,6 @@ class Batch:
     ids: Tensor
     labels: Tensor
     noise: Tensor | None = None
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [self.bank, self.ids, self.labels, *([] if self.noise is None else [self.noise])]
-
-    def filled(self, tensors: Iterator[Tensor]) -> Batch:
-        """A batch that holds the next of `tensors` instead."""
-        return Batch(*(next(tensors) for _ in self.tensors))
 
     @property
     def exemplars(self) -> Tensor:
@@ -121,7 +141,7 @@ class Splits:
 
 
 def split(bank: Bank, task: TaskConfig) -> Splits:
-    """First classes train, last are test; exemplar 0 trains, the others are held out; label sets by `label_sets`.
+    """The first classes train, the last are for test; exemplar 0 trains, the others are held out; labels as `label_sets` says.
 
     Raises ValueError where the bank is too small.
     """
@@ -176,19 +196,19 @@ def seeded(*key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def sample(splits: Splits, n: int, generator: torch.Generator, *, exemplars: Tensor | None = None,
-           sets: Tensor | None = None) -> Batch:
+def sample(splits: Splits, n: int, generator: torch.Generator, *, ids: Tensor | None = None,
+           label_sets: Tensor | None = None) -> Batch:
     """Draw `n` sequences for one run, `[1, n, pair + 1]`; the default is a training batch.
 
-    `exemplars` `[class, exemplar]` are the ids to draw from, and become the batch's bank; `sets` `[set, way]` the label
-    sets. Classes have probability ∝ rank^-zipf, in the order of `exemplars`; pairs come in random order; the query is
-    of a random pair's class, its exemplar drawn afresh.
+    `ids` `[class, exemplar]` are the exemplars to draw from, and become the batch's bank; `label_sets` `[set, way]` are the sets of
+    labels. A class has a probability proportional to rank^-zipf, in the order of `ids`. Pairs come in random order. The query is of
+    a random pair's class, and its exemplar is drawn afresh.
     """
     task = splits.task
-    exemplars = splits.train_ids if exemplars is None else exemplars
-    sets = splits.train_sets if sets is None else sets
+    ids = splits.train_ids if ids is None else ids
+    label_sets = splits.train_sets if label_sets is None else label_sets
     ways, copies = task.n_ways, task.burstiness
-    n_classes = len(exemplars)
+    n_classes = len(ids)
     if task.zipf:
         weights = torch.arange(1, n_classes + 1, dtype=torch.float64) ** -task.zipf
         classes = torch.multinomial(weights.expand(n, -1), ways, generator=generator)  # the most frequent come first
@@ -199,19 +219,19 @@ def sample(splits: Splits, n: int, generator: torch.Generator, *, exemplars: Ten
             classes[:, way] = torch.randint(0, n_classes - way, (n,), generator=generator)
             for taken in classes[:, :way].sort(1).values.unbind(1):
                 classes[:, way] += classes[:, way] >= taken
-    labels = sets[torch.randint(0, len(sets), (n,), generator=generator)]
+    labels = label_sets[torch.randint(0, len(label_sets), (n,), generator=generator)]
     labels = labels.gather(1, torch.rand(n, ways, generator=generator).argsort(1))
     slots = torch.arange(ways).repeat_interleave(copies).expand(n, -1)
     if copies > 1:
         slots = slots.gather(1, torch.rand(n, ways * copies, generator=generator).argsort(1))
     query = slots.gather(1, torch.randint(0, task.n_pairs, (n, 1), generator=generator))
     slots = torch.cat([slots, query], 1)
-    which = torch.randint(0, exemplars.shape[1], slots.shape, generator=generator)
-    ids = classes.gather(1, slots) * exemplars.shape[1] + which
+    which = torch.randint(0, ids.shape[1], slots.shape, generator=generator)
+    drawn = classes.gather(1, slots) * ids.shape[1] + which
     noise = None
     if task.noise:
-        noise = task.noise * torch.randn(1, *ids.shape, splits.features.shape[1], generator=generator)
-    return Batch(splits.features[exemplars.flatten()][None], ids[None], labels.gather(1, slots)[None], noise)
+        noise = task.noise * torch.randn(1, *drawn.shape, splits.features.shape[1], generator=generator)
+    return Batch(splits.features[ids.flatten()][None], drawn[None], labels.gather(1, slots)[None], noise)
 
 
 def training_batch(splits: Splits, data_seed: int, chunk: int, n: int) -> Batch:
@@ -220,17 +240,54 @@ def training_batch(splits: Splits, data_seed: int, chunk: int, n: int) -> Batch:
     return Batch(splits.train_bank, batch.ids, batch.labels, batch.noise)
 
 
-def evaluation_sets(splits: Splits, eval_seed: int, size: int = 1000) -> dict[str, Batch]:
-    """The four fixed sets of `size` sequences, for one run. Sets that the split leaves empty are left out:
-    `test_relabel` where no labels are held out, `test_exemplars` where a class has one exemplar."""
-    sources = {
-        "train": (splits.train_ids, splits.train_sets),
-        "test_relabel": (splits.train_ids, splits.test_sets),
-        "test_exemplars": (splits.exemplar_ids, splits.train_sets),
-        "test_classes": (splits.class_ids, splits.train_sets),
-    }
-    return {name: sample(splits, size, seeded(name, eval_seed), exemplars=exemplars, sets=sets)
-            for name, (exemplars, sets) in sources.items() if exemplars.numel() and len(sets)}
+@dataclass(frozen=True)
+class EvalSet:
+    """An evaluation set: `name`, the `words` that figures have for it, and where its sequences are drawn from: the names of two
+    fields of `Splits`, an `*_ids` and a `*_sets`.
+
+    A reader's own is one of these, or any frozen dataclass with a `name` and a method `draw(splits, n, generator)` that returns a
+    `Batch` of one run (see Extending).
+    """
+
+    name: str
+    words: str
+    ids: str
+    label_sets: str
+
+    def __post_init__(self):
+        one_of(f"EvalSet {self.name!r}: ids", self.ids, ("train_ids", "exemplar_ids", "class_ids"))
+        one_of(f"EvalSet {self.name!r}: label_sets", self.label_sets, ("train_sets", "test_sets"))
+
+    def draw(self, splits: Splits, n: int, generator: torch.Generator) -> Batch | None:
+        """`n` sequences for one run, `[1, n, pair + 1]`; None where the splits leave nothing to draw from."""
+        ids, label_sets = getattr(splits, self.ids), getattr(splits, self.label_sets)
+        return sample(splits, n, generator, ids=ids, label_sets=label_sets) if ids.numel() and len(label_sets) else None
+
+
+EVAL_SETS = (
+    EvalSet("train", "training sequences", "train_ids", "train_sets"),
+    EvalSet("test_relabel", "held-out label pairs", "train_ids", "test_sets"),
+    EvalSet("test_exemplars", "held-out exemplars", "exemplar_ids", "train_sets"),
+    EvalSet("test_classes", "held-out classes", "class_ids", "train_sets"),
+)
+
+
+def evaluation_sets(splits: Splits, eval_seed: int, size: int = 1000, more: Sequence[EvalSet] = ()) -> dict[str, Batch]:
+    """The four fixed sets and a reader's `more`, of `size` sequences for one run each, by name.
+
+    Sets that the splits leave empty are left out: `test_relabel` where no labels are held out, `test_exemplars` where a class has
+    one exemplar. Raises ValueError where two have one name.
+    """
+    names = [each.name for each in (*EVAL_SETS, *more)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"eval_sets: two evaluation sets are named {twice.pop()!r}; give each a name of its own")
+    drawn = {each.name: each.draw(splits, size, seeded(each.name, eval_seed)) for each in (*EVAL_SETS, *more)}
+    found = {name: batch for name, batch in drawn.items() if batch is not None}
+    for name, batch in found.items():
+        if batch.labels.shape != (expected := (1, size, splits.task.n_pairs + 1)) or batch.ids.shape != expected:
+            raise ValueError(f"the evaluation set {name!r} drew ids {list(batch.ids.shape)} and labels {list(batch.labels.shape)}; "
+                             f"both must be {list(expected)}: one run, {size} sequences, n_pairs + 1")
+    return found
 
 
 def every_training_sequence(splits: Splits) -> Batch:
@@ -241,7 +298,7 @@ def every_training_sequence(splits: Splits) -> Batch:
     task = splits.task
     if task.n_pairs != 2 or task.noise:
         raise ValueError(f"n_pairs={task.n_pairs}, noise={task.noise}: only noiseless sequences of 2 pairs are "
-                         "enumerated; draw a sample with `ihbook.data.sample` instead")
+                         "enumerated; draw a sample with `ihbook.task.sample` instead")
     classes = torch.tensor(list(itertools.permutations(range(task.n_classes), 2)))
     labels = torch.cat([splits.train_sets, splits.train_sets.flip(1)])
     a, b, query = (x.flatten() for x in torch.meshgrid(*(torch.arange(n) for n in (len(classes), len(labels), 2)),

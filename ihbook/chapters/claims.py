@@ -10,9 +10,9 @@ from statistics import median
 
 import pandas as pd
 
-from ihbook.experiments import Settings
-from ihbook.family import writing
-from ihbook.store import default_root
+from ihbook.chapters.experiments import Settings
+from ihbook.engine.store import default_root
+from ihbook.files import writing
 
 
 @dataclass(frozen=True)

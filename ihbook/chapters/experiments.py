@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ihbook import clamps, data, metrics
+from ihbook import clamps, metrics, task
 from ihbook.banks import load_bank
-from ihbook.config import BankConfig, RunConfig, TaskConfig, one_of, whole
-from ihbook.data import Batch
-from ihbook.family import Result, check_device
+from ihbook.checks import one_of, whole
+from ihbook.config import BankConfig, RunConfig, TaskConfig
+from ihbook.engine.prepared import check_device
+from ihbook.engine.results import Result
+from ihbook.task import Batch
 
 PUBLISHED = 1_000_000  # sequences of the paper's main run
 
@@ -68,7 +70,7 @@ class Settings:
             object.__setattr__(self, "n_sequences", self.scale.n_sequences)
         whole("n_sequences", self.n_sequences, 1)
         check_device(self.device)
-        data.split(load_bank(self.run().bank), self.run().task)  # says what is wrong with the bank, n_classes and n_labels
+        task.split(load_bank(self.run().bank), self.run().task)  # says what is wrong with the bank, n_classes and n_labels
 
     @property
     def scale(self) -> Scale:
@@ -113,11 +115,11 @@ def main_runs(settings: Settings) -> list[RunConfig]:
 def training_sequences(settings: Settings) -> Batch:
     """All distinct training sequences, or where they are more than the profile allows, a sample of so many."""
     run = settings.run()
-    splits = data.split(load_bank(run.bank), run.task)
+    splits = task.split(load_bank(run.bank), run.task)
     n = run.task.n_classes * (run.task.n_classes - 1) * len(splits.train_sets) * 4
     if n <= settings.scale.analysed:
-        return data.every_training_sequence(splits)
-    return data.sample(splits, settings.scale.analysed, data.seeded("analysis", run.eval_seed))
+        return task.every_training_sequence(splits)
+    return task.sample(splits, settings.scale.analysed, task.seeded("analysis", run.eval_seed))
 
 
 def by_strength(result: Result, sequences: Batch, layer: int = 1) -> dict[int, float]:
@@ -152,7 +154,7 @@ def single_head(run: RunConfig, head: int | Sequence[int], *more: Any) -> RunCon
 def curve(result: Result, eval_set: str = "train", **columns: Any) -> pd.DataFrame:
     """A run's losses on an evaluation set as rows sequences, value, and what else should stand in every row."""
     rows = result.metrics[(result.metrics["eval_set"] == eval_set) & (result.metrics["metric"] == "loss")]
-    return rows[["sequences", "value"]].assign(run=result.config.init_seed, **columns)
+    return rows[["sequences", "value"]].assign(run=result.run.init_seed, **columns)
 
 
 def loss_at(result: Result, sequences: float) -> float:

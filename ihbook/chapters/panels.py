@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ihbook import pictures
+from ihbook.chapters import pictures
 
 Values = list[str]
 
@@ -268,5 +268,5 @@ def picture(image: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-STYLE = f"<style>{files('ihbook').joinpath('panel.css').read_text(encoding='utf-8')}</style>"
-SCRIPT = files("ihbook").joinpath("panel.js").read_text(encoding="utf-8")
+STYLE = f"<style>{files('ihbook.chapters').joinpath('panel.css').read_text(encoding='utf-8')}</style>"
+SCRIPT = files("ihbook.chapters").joinpath("panel.js").read_text(encoding="utf-8")

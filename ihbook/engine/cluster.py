@@ -1,4 +1,5 @@
-"""Runs over the workers of a Dask cluster: each is sent families as large as it is made for, and sends its results back whole."""
+"""Runs over the workers of a Dask cluster: each worker is sent families of the size that suits it, and sends its results back
+whole."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from ihbook import folders
-from ihbook.banks import Bank
 from ihbook.config import RunConfig
-from ihbook.family import Prepared, prepare, train_family
-from ihbook.step import BLOCK, COMPILE_FROM, PLAIN_BLOCK
+from ihbook.engine import folders
+from ihbook.engine.compiled import BLOCK, COMPILE_FROM, PLAIN_BLOCK
+from ihbook.engine.family import train_family
+from ihbook.engine.prepared import Prepared, prepare
+from ihbook.task import Bank
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -40,7 +42,7 @@ class Worker:
         return 1 if self.gpu else self.threads
 
     @property
-    def family(self) -> int:
+    def family_size(self) -> int:
         """The most runs that are sent to it as one family."""
         return BLOCK["cuda"] if self.gpu else PLAIN_BLOCK
 
@@ -77,14 +79,14 @@ def workers(client: Client, known: Sequence[Worker] = ()) -> list[Worker]:
 
 
 def shares(groups: Sequence[Sequence[int]]) -> Callable[[Worker], list[int]]:
-    """A function that gives a worker what to train next: items of one group, as many as a family of its; none when all is given."""
+    """A function that says what a worker does next: items of one group, at most `family_size` of them; none when all are given."""
     waiting = deque(deque(group) for group in groups if group)
 
     def take(worker: Worker) -> list[int]:
         if not waiting:
             return []
         group = waiting[0]
-        share = [group.popleft() for _ in range(min(worker.family, len(group)))]
+        share = [group.popleft() for _ in range(min(worker.family_size, len(group)))]
         if not group:
             waiting.popleft()
         return share
@@ -92,10 +94,10 @@ def shares(groups: Sequence[Sequence[int]]) -> Callable[[Worker], list[int]]:
     return take
 
 
-def run(client: Client, function: Callable[..., Any], groups: Sequence[Sequence[int]],
-        arguments: Callable[[list[int]], tuple]) -> Iterator[tuple[list[int], Any]]:
-    """Call `function(*arguments(share), stop)` on workers for shares of the groups; yields each share and what came of it, as they
-    are finished. A worker has as many at a time as it can train; what a lost one had, another does; new ones join in.
+def call_on_workers(client: Client, function: Callable[..., Any], groups: Sequence[Sequence[int]],
+                    arguments: Callable[[list[int]], tuple]) -> Iterator[tuple[list[int], Any]]:
+    """Call `function(*arguments(share), stop)` on workers for shares of the groups; yields each share and what it returned, as they
+    finish. A worker has as many shares at a time as it can train. What a lost worker had, another does. New workers join in.
 
     Raises OSError where the cluster is lost. When the caller stops, what has not begun is cancelled, and what has is told to end
     by the `distributed.Event` that is named `stop`.
@@ -137,45 +139,46 @@ def run(client: Client, function: Callable[..., Any], groups: Sequence[Sequence[
             client.cancel(list(jobs))
 
 
-def train(client: Client, prepared: Sequence[Prepared], progress: bool = True) -> Iterator[tuple[int, dict[str, bytes]]]:
+def train_on_workers(client: Client, wanted: Sequence[Prepared], progress: bool = True) -> Iterator[tuple[int, dict[str, bytes]]]:
     """Train runs on the workers of a client's cluster; yields the place of each and its files (`folders.unpack`), as they come.
 
     Raises OSError where there are no workers or the cluster is lost, RuntimeError where a worker draws other characters.
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
-    for i, each in sorted(enumerate(prepared), key=lambda item: -item[1].config.n_steps):
-        groups[each.program, frozenset(each.forms), each.bank.digest].append(i)
-    banks = {each.bank.digest: each.bank for each in prepared if not each.drawn_bank}
+    for i, prepared in sorted(enumerate(wanted), key=lambda item: -item[1].run.n_steps):
+        groups[prepared.family_key, frozenset(prepared.clamp_signatures), prepared.bank.digest].append(i)
+    banks = {prepared.bank.digest: prepared.bank for prepared in wanted if not prepared.drawn_bank}
     sent_banks = {digest: client.scatter(bank, broadcast=True) for digest, bank in banks.items()}
 
     def arguments(share: list[int]) -> tuple:
-        digest = prepared[share[0]].bank.digest
-        return [prepared[i].config for i in share], sent_banks.get(digest), digest
+        digest = wanted[share[0]].bank.digest
+        return [wanted[i].run for i in share], sent_banks.get(digest), digest
 
-    with tqdm(total=len(prepared), desc="runs", disable=not progress, leave=False) as bar:
-        for share, sent in run(client, train_here, list(groups.values()), arguments):
+    with tqdm(total=len(wanted), desc="runs", disable=not progress, leave=False) as bar:
+        for share, sent in call_on_workers(client, train_on_this_worker, list(groups.values()), arguments):
             for i, files in zip(share, sent, strict=True):
                 bar.update()
                 yield i, files
 
 
-def train_here(runs: Sequence[RunConfig], bank: Bank | None, digest: str, stop: str | None = None) -> list[dict[str, bytes]]:
-    """On a worker: train runs as one family, on one core or the GPU, and give their files; none where it was stopped. `bank` is
-    theirs where the worker can't draw it; `digest` what it must be."""
+def train_on_this_worker(runs: Sequence[RunConfig], bank: Bank | None, digest: str,
+                         stop: str | None = None) -> list[dict[str, bytes]]:
+    """Called on a worker: train runs as one family, on one core or the GPU, and return their files; none where it was stopped.
+    `bank` is given where the worker can't draw it, and must have this `digest`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)  # for good, since families that train in other threads of this worker must find it so
     family = prepare(runs, bank, device)
     if family[0].bank.digest != digest:
         raise RuntimeError("this worker draws other characters than the machine that asks; install the same packages on both")
-    compiled = sum(each.config.n_steps for each in family) >= COMPILE_FROM[device]
+    compiled = sum(prepared.run.n_steps for prepared in family) >= COMPILE_FROM[device]
     with tempfile.TemporaryDirectory() as root:
         results = train_family(family, Path(root) / "training", device, compiled, stopped=_told(stop))
         if results is None:
             return []
         sent = []
-        for each, result in zip(family, results, strict=True):
+        for prepared, result in zip(family, results, strict=True):
             folder = Path(tempfile.mkdtemp(dir=root))
-            folders.write(folder, each, result)
+            folders.write(folder, prepared, result)
             sent.append(folders.pack(folder))
         return sent
 

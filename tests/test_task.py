@@ -6,25 +6,25 @@ import numpy as np
 import pytest
 import torch
 
-from ihbook import data
-from ihbook.banks import Bank
+from ihbook import task
 from ihbook.config import TaskConfig
+from ihbook.task import Bank
 
 TASK = TaskConfig(n_classes=20, n_test_classes=10)
 
 
 @pytest.fixture(scope="module")
 def splits(small_bank):
-    return data.split(small_bank, TASK)
+    return task.split(small_bank, TASK)
 
 
 def draw(bank, n=4000, **changes):
-    task = TaskConfig(**{"n_classes": 20, "n_test_classes": 10, **changes})
-    return data.sample(data.split(bank, task), n, data.seeded("test"))
+    chosen = TaskConfig(**{"n_classes": 20, "n_test_classes": 10, **changes})
+    return task.sample(task.split(bank, chosen), n, task.seeded("test"))
 
 
 def test_a_sequence_asks_for_a_class_that_it_shows(splits):
-    batch = data.sample(splits, 4000, data.seeded("a"))
+    batch = task.sample(splits, 4000, task.seeded("a"))
     ids, labels = batch.ids[0], batch.labels[0]
     assert (ids[:, 0] != ids[:, 1]).all() and (labels[:, 0] != labels[:, 1]).all()
     which = (ids[:, :2] == ids[:, 2:]).long().argmax(1, keepdim=True)
@@ -41,7 +41,7 @@ def test_a_sequence_asks_for_a_class_that_it_shows(splits):
 @pytest.mark.parametrize("n_labels, train, held", [(5, 8, 2), (10, 36, 9), (15, 84, 21)])
 def test_published_label_splits(n_labels, train, held):
     for seed in range(20):
-        sets = data.label_sets(TaskConfig(n_labels=n_labels, label_seed=seed))
+        sets = task.label_sets(TaskConfig(n_labels=n_labels, label_seed=seed))
         assert [len(s) for s in sets] == [train, held]
         assert sets[0].unique().tolist() == list(range(n_labels))
         assert not {tuple(s) for s in sets[0].tolist()} & {tuple(s) for s in sets[1].tolist()}
@@ -49,23 +49,23 @@ def test_published_label_splits(n_labels, train, held):
 
 def test_every_label_trains_however_few_sets_do():
     for seed in range(40):  # 3 of 6 pairs often leave a label out at the first draw
-        train, test = data.label_sets(TaskConfig(n_labels=4, held_out=0.5, label_seed=seed))
+        train, test = task.label_sets(TaskConfig(n_labels=4, held_out=0.5, label_seed=seed))
         assert len(train) == len(test) == 3 and train.unique().tolist() == [0, 1, 2, 3]
-    assert len(data.label_sets(TaskConfig(n_labels=8))[1]) == 6  # a fifth of 28, rounded
+    assert len(task.label_sets(TaskConfig(n_labels=8))[1]) == 6  # a fifth of 28, rounded
 
 
 def test_label_sets_can_be_given():
-    train, test = data.label_sets(TaskConfig(n_labels=3, label_sets=((1, 0), (1, 2))))
+    train, test = task.label_sets(TaskConfig(n_labels=3, label_sets=((1, 0), (1, 2))))
     assert train.tolist() == [[0, 1], [1, 2]] and test.tolist() == [[0, 2]]
     with pytest.raises(ValueError, match=r"label_sets has no set with the labels \[2\] of n_labels=3"):
-        data.label_sets(TaskConfig(n_labels=3, label_sets=((0, 1),)))
+        task.label_sets(TaskConfig(n_labels=3, label_sets=((0, 1),)))
     with pytest.raises(ValueError, match="whole numbers"):
         TaskConfig(n_labels=3, label_sets=((0, 1.7), (1, 2)))
 
 
 def test_splits_keep_classes_and_exemplars_apart(splits, small_bank):
-    sets = data.evaluation_sets(splits, 0)
-    assert list(sets) == list(data.EVAL_SETS) and all(len(s) == 1000 for s in sets.values())
+    sets = task.evaluation_sets(splits, 0)
+    assert list(sets) == [each.name for each in task.EVAL_SETS] and all(len(s) == 1000 for s in sets.values())
     bank = small_bank.features
 
     def members(name):
@@ -85,26 +85,26 @@ def test_splits_keep_classes_and_exemplars_apart(splits, small_bank):
 
 
 def test_evaluation_sets_and_training_chunks_are_pure_functions_of_their_seeds(splits):
-    for make in (lambda s: data.training_batch(splits, s, 3, 64), lambda s: data.evaluation_sets(splits, s)["train"]):
+    for make in (lambda s: task.training_batch(splits, s, 3, 64), lambda s: task.evaluation_sets(splits, s)["train"]):
         a, b, other = make(1), make(1), make(2)
         assert torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels) and not torch.equal(a.ids, other.ids)
-    assert not torch.equal(data.training_batch(splits, 1, 0, 64).ids, data.training_batch(splits, 1, 1, 64).ids)
+    assert not torch.equal(task.training_batch(splits, 1, 0, 64).ids, task.training_batch(splits, 1, 1, 64).ids)
 
 
 def test_every_training_sequence_once():
     bank = Bank(torch.randn(150, 5, 8), None, {})
-    splits = data.split(bank, TaskConfig())
-    batch = data.every_training_sequence(splits)
+    splits = task.split(bank, TaskConfig())
+    batch = task.every_training_sequence(splits)
     assert len(batch) == 78_400 == 50 * 49 * 16 * 2
     rows = torch.cat([batch.ids[0], batch.labels[0]], 1)
     assert len(rows.unique(dim=0)) == 78_400
-    sampled = data.sample(splits, 2000, data.seeded("b"))
+    sampled = task.sample(splits, 2000, task.seeded("b"))
     known = {tuple(r) for r in rows.tolist()}
     assert {tuple(r) for r in torch.cat([sampled.ids[0], sampled.labels[0]], 1).tolist()} <= known
     with pytest.raises(ValueError, match="n_pairs=4"):
-        data.every_training_sequence(data.split(bank, TaskConfig(n_pairs=4)))
+        task.every_training_sequence(task.split(bank, TaskConfig(n_pairs=4)))
     with pytest.raises(ValueError, match="noise=0.1"):
-        data.every_training_sequence(data.split(bank, TaskConfig(noise=0.1)))
+        task.every_training_sequence(task.split(bank, TaskConfig(noise=0.1)))
 
 
 def test_more_pairs_and_bursts(small_bank):
@@ -160,14 +160,14 @@ def test_bad_tasks_are_named(small_bank, changes, words):
 
 def test_from_exemplars_checks_shapes():
     with pytest.raises(ValueError, match="must be"):
-        data.from_exemplars(torch.zeros(4, 3, 2), torch.zeros(4, 2))
+        task.from_exemplars(torch.zeros(4, 3, 2), torch.zeros(4, 2))
 
 
 def test_concatenated_runs_keep_their_own_banks(small_bank):
-    a = data.split(small_bank, TASK)
-    b = data.split(small_bank, TaskConfig(n_classes=10, n_test_classes=10))
-    batches = [data.training_batch(s, 0, 0, 50) for s in (a, b)]
-    both = data.concatenate(batches)
+    a = task.split(small_bank, TASK)
+    b = task.split(small_bank, TaskConfig(n_classes=10, n_test_classes=10))
+    batches = [task.training_batch(s, 0, 0, 50) for s in (a, b)]
+    both = task.concatenate(batches)
     for i, batch in enumerate(batches):
         assert torch.equal(both.exemplars[i], batch.exemplars[0])
 
@@ -182,22 +182,22 @@ def test_bursts_and_queries_fall_anywhere(small_bank):
 
 
 def test_noise_stays_with_its_sequences(small_bank):
-    task = TaskConfig(n_classes=20, n_test_classes=10, noise=0.5)
-    splits = data.split(small_bank, task)
-    batch = data.training_batch(splits, 0, 0, 10)
-    assert batch.noise is not None and data.evaluation_sets(splits, 0)["train"].noise is not None
+    chosen = TaskConfig(n_classes=20, n_test_classes=10, noise=0.5)
+    splits = task.split(small_bank, chosen)
+    batch = task.training_batch(splits, 0, 0, 10)
+    assert batch.noise is not None and task.evaluation_sets(splits, 0)["train"].noise is not None
     assert torch.equal(torch.cat([b.exemplars for b in batch.split(3)], 1), batch.exemplars)
     assert torch.equal(batch.to("cpu").exemplars, batch.exemplars)
     assert torch.equal(batch.expand(2).exemplars[1], batch.exemplars[0])
-    other = data.training_batch(splits, 1, 0, 10)
-    assert torch.equal(data.concatenate([batch, other]).exemplars, torch.cat([batch.exemplars, other.exemplars]))
+    other = task.training_batch(splits, 1, 0, 10)
+    assert torch.equal(task.concatenate([batch, other]).exemplars, torch.cat([batch.exemplars, other.exemplars]))
 
 
 def test_evaluation_sets_are_streams_of_their_own(splits):
-    sets = data.evaluation_sets(splits, 0)
+    sets = task.evaluation_sets(splits, 0)
     for name in ("test_relabel", "test_classes"):
         assert not torch.equal(sets[name].ids, sets["train"].ids)
-    assert not torch.equal(data.training_batch(splits, 0, 0, 1000).ids, sets["train"].ids)
+    assert not torch.equal(task.training_batch(splits, 0, 0, 1000).ids, sets["train"].ids)
     trained = {tuple(s) for s in splits.train_sets.tolist()}
     for name in ("test_exemplars", "test_classes", "train"):
         assert {tuple(p) for p in sets[name].labels[0, :, :2].sort(1).values.tolist()} == trained
@@ -207,5 +207,5 @@ def test_evaluation_sets_are_streams_of_their_own(splits):
 
 def test_sets_that_would_be_empty_are_left_out(small_bank):
     single = Bank(small_bank.features[:, :1], None, {})
-    sets = data.evaluation_sets(data.split(single, TaskConfig(n_classes=20, n_test_classes=10, n_labels=2)), 0)
+    sets = task.evaluation_sets(task.split(single, TaskConfig(n_classes=20, n_test_classes=10, n_labels=2)), 0)
     assert list(sets) == ["train", "test_classes"]

@@ -13,8 +13,8 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 
+from ihbook.chapters.pictures import INK, MUTED, PALETTE, Picture, head_colour, in_style
 from ihbook.metrics import LN2, THRESHOLD
-from ihbook.pictures import INK, MUTED, PALETTE, Picture, head_colour, in_style
 
 _EVAL_SETS = {  # name -> (what a reader calls it, colour)
     "train": ("training sequences", PALETTE[0]),

@@ -25,12 +25,14 @@ import papermill
 from IPython.display import display
 from tqdm import tqdm
 
-from ihbook import family, plots, spread
-from ihbook.claims import CLAIMS, Verdict
-from ihbook.family import writing
+from ihbook import engine
+from ihbook.chapters import plots
+from ihbook.chapters.claims import CLAIMS, Verdict
+from ihbook.engine import cluster
+from ihbook.files import writing
 
 NUMBERS = "application/vnd.ihbook.numbers+json"  # the output in which a notebook hands over its numbers
-LAST_CELL = "from ihbook import sweep\n\nsweep.hand_over(verdicts)"
+LAST_CELL = "from ihbook.chapters import sweep\n\nsweep.hand_over(verdicts)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +100,7 @@ def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) 
     found = []
     for values in itertools.product(*every.values()):
         parameters = dict(zip(every, values, strict=True))
-        name = hashlib.sha256(json.dumps([family.VERSION, code, parameters], sort_keys=True).encode()).hexdigest()[:16]
+        name = hashlib.sha256(json.dumps([engine.VERSION, code, parameters], sort_keys=True).encode()).hexdigest()[:16]
         found.append(Point(parameters, Path(out).absolute() / "points" / name))
     return found
 
@@ -192,8 +194,8 @@ def places(processes: int | None = None, scheduler: str | None = None) -> Iterat
     if processes is not None and processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
     if scheduler is not None:
-        with spread.connect(scheduler) as client:
-            spread.workers(client)
+        with cluster.connect(scheduler) as client:
+            cluster.workers(client)
             yield client.get_executor(pure=False)
     elif processes:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from ihbook import family
-from ihbook.config import RunConfig, encode
-from ihbook.family import Checkpoints, Prepared, Result, writing
-from ihbook.model import load_weights, save_weights
+from ihbook import engine
+from ihbook.config import RunConfig
+from ihbook.digest import encode
+from ihbook.engine.checkpoints import Checkpoints, load_weights, save_weights
+from ihbook.engine.prepared import Prepared
+from ihbook.engine.results import Result
+from ihbook.files import sha256, writing
 
 MANIFEST = "manifest.json"
 
@@ -21,10 +23,11 @@ class Damaged(Exception):
     """A run's folder whose files are not those that were written."""
 
 
-def write(folder: Path, each: Prepared, result: Result) -> None:
+def write(folder: Path, prepared: Prepared, result: Result) -> None:
     """Write a result into an empty folder, the manifest last. Raises OSError where it can't be written."""
     (folder / "config.json").write_text(json.dumps(
-        {"version": family.VERSION, "run": encode(each.config), "bank": each.bank.metadata | {"digest": each.bank.digest}},
+        {"version": engine.VERSION, "run": encode(prepared.run, defaults=True),
+         "bank": prepared.bank.metadata | {"digest": prepared.bank.digest}},
         indent=1, default=str))
     result.metrics.to_parquet(folder / "metrics.parquet")
     result.heads.to_parquet(folder / "heads.parquet")
@@ -32,7 +35,7 @@ def write(folder: Path, each: Prepared, result: Result) -> None:
     (folder / "checkpoints").mkdir()
     for seen in result.checkpoints:
         save_weights(result.checkpoints[seen], folder / "checkpoints" / f"{seen}.safetensors")
-    files = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     with writing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(files, indent=1))
 
@@ -49,7 +52,7 @@ def verify(folder: Path) -> None:
     try:
         files = json.loads((folder / MANIFEST).read_text())
         for name, digest in files.items():
-            if _sha256(folder / name) != digest:
+            if sha256(folder / name) != digest:
                 raise Damaged(f"{name} is not what was written")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, AttributeError) as error:
         raise Damaged(f"its {MANIFEST} or a file that it names can't be read: {error}") from error
@@ -60,7 +63,7 @@ def pack(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def unpack(files: Mapping[str, bytes], folder: Path, each: Prepared) -> None:
+def unpack(files: Mapping[str, bytes], folder: Path, prepared: Prepared) -> None:
     """Write files that were sent, the result of a run, into an empty folder. Raises Damaged, or RuntimeError where they are of
     another version of ihbook or of another bank."""
     for path, content in files.items():
@@ -68,12 +71,7 @@ def unpack(files: Mapping[str, bytes], folder: Path, each: Prepared) -> None:
         (folder / path).write_bytes(content)
     verify(folder)
     book = json.loads((folder / "config.json").read_text())
-    for name, theirs, ours in (("version of ihbook", book["version"], family.VERSION),
-                               ("bank", book["bank"]["digest"], each.bank.digest)):
+    for name, theirs, ours in (("version of ihbook", book["version"], engine.VERSION),
+                               ("bank", book["bank"]["digest"], prepared.bank.digest)):
         if theirs != ours:
             raise RuntimeError(f"a worker trained with another {name} ({theirs}, not {ours}); install there what is here")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,7 +19,7 @@ from ihbook.model import Activations, Params, Weights, stack
 from ihbook.task import Batch
 
 LN2 = math.log(2)  # the loss of knowing which two labels are in context, but not which is right
-THRESHOLD = 0.4 * LN2  # the paper's sign of the phase change, in nats: 0.4 times that
+THRESHOLD = 0.4 * LN2  # the paper's sign of the phase change, in nats (`threshold`)
 TOGETHER, CHUNK = 8, 1024  # finished networks, and their sequences, that are measured at once: what a core's caches hold
 
 METRICS = ("loss", "accuracy", "probability", "in_context_loss", "in_context_accuracy", "in_context_probability",
@@ -212,6 +212,12 @@ def phase_change(curve: pd.DataFrame, threshold: float = THRESHOLD, *, eval_set:
     """
     rows = curve[(curve["eval_set"] == eval_set) & (curve["metric"] == "loss")].sort_values("sequences")
     return crossing(rows.set_index("sequences")["value"], threshold)
+
+
+def threshold(n_ways: int) -> float:
+    """The paper's sign of the phase change, in nats, where `n_ways` different labels stand in context: 0.4 times the loss of
+    guessing among them."""
+    return 0.4 * math.log(n_ways)
 
 
 def crossing(values: pd.Series, level: float) -> float:

@@ -14,7 +14,7 @@ QUICK = Settings("quick")
 @pytest.mark.parametrize("key, values, word", [
     ("redundant", [0.01, 0.02, 0.9], "holds"), ("redundant", [0.04], "differs"), ("redundant", 0.03, "holds"),
     ("plateau", [0.7], "holds"), ("plateau", [0.6], "differs"), ("plateau", [0.9], "differs"),
-    ("each-learns", [8], "holds"), ("each-learns", [7], "differs"), ("plateau", [math.nan], "not tested"),
+    ("each-learns", [1.0], "holds"), ("each-learns", [7 / 8], "differs"), ("plateau", [math.nan], "not tested"),
     ("plateau", [math.nan, 0.7], "holds"), ("plateau", [], "not tested"),
     ("all-pt", [math.inf, 1.3, math.inf], "holds"), ("pt-faster", [0.5, math.inf, math.inf], "differs"),
 ])
@@ -33,9 +33,22 @@ def test_a_run_that_never_gets_there_is_the_slowest():
 
 
 def test_claims_are_whole():
-    for key, claim in claims.CLAIMS.items():
-        assert claim.key == key and claim.low <= claim.high and (math.isfinite(claim.low) or math.isfinite(claim.high))
+    for claim in claims.CLAIMS.values():
+        assert claim.low <= claim.high and (math.isfinite(claim.low) or math.isfinite(claim.high))
         assert claim.sentence and claim.published and claim.measure and claim.holds_if
+
+
+def test_two_claims_with_one_key_are_refused():
+    one, *others = claims.CLAIMS.values()
+    with pytest.raises(ValueError, match=f"two claims have the key '{one.key}'"):
+        claims.by_key([one, *others, replace(one, sentence="another")])
+
+
+def test_a_claim_of_ones_own_is_judged_and_tabled(tmp_path, monkeypatch):
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
+    mine = claims.Claim("mine", "–", "Mine holds", "not published", "a number", low=0.5)
+    table = claims.record([claims.judge(mine, [0.7, 0.9]), claims.judge(mine, 0.1)], QUICK)
+    assert table["verdict"].tolist() == ["holds", "differs"] and "at least 0.5" in table.iloc[0, -1]
 
 
 def test_an_unknown_claim_is_an_error():

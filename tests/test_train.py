@@ -186,10 +186,10 @@ def test_a_killed_process_loses_little_and_resumes_bit_for_bit(small_bank, tmp_p
     """SIGKILL at a moment of its own choosing, twice; then to the end here."""
     run = replace(RUN, n_sequences=32_000)
     (tmp_path / "tests_of_resume.py").write_text(
-        "import sys; sys.path.insert(0, %r)\nimport torch\nfrom test_train import RUN as R\nfrom dataclasses import replace\n"
-        "from ihbook.task import Bank\nRUN = replace(R, n_sequences=32_000)\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport torch\nfrom test_train import RUN as R\n"
+        "from dataclasses import replace\nfrom ihbook.task import Bank\nRUN = replace(R, n_sequences=32_000)\n"
         "g = torch.Generator().manual_seed(0)\nc = torch.randn(40, 1, 16, generator=g)\n"
-        "BANK = Bank(c + 0.1 * torch.randn(40, 3, 16, generator=g), None, {})\n" % str(Path(__file__).parent))
+        "BANK = Bank(c + 0.1 * torch.randn(40, 3, 16, generator=g), None, {})\n")
     store = tmp_path / "store"
     steps = []
     for seconds in (0.4, 0.9):

@@ -40,14 +40,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim with what was measured, a number a seed."""
+    """A claim with what was measured, one number per seed."""
 
-    key: str
+    claim: Claim
     values: tuple[float, ...]
 
     @property
-    def claim(self) -> Claim:
-        return CLAIMS[self.key]
+    def key(self) -> str:
+        return self.claim.key
 
     @property
     def word(self) -> str:
@@ -78,15 +78,20 @@ def ratios(times: Sequence[float], to: Sequence[float]) -> list[float]:
     return [math.nan if math.isnan(b) else math.inf if math.isnan(a) else a / b for a, b in zip(times, to, strict=True)]
 
 
-def judge(key: str, values: float | Sequence[float]) -> Verdict:
-    """The verdict on a claim from one number a seed (NaN where a seed has none). Raises KeyError for an unknown claim."""
-    if key not in CLAIMS:
-        raise KeyError(f"no claim {key!r}; they are {', '.join(CLAIMS)}")
-    return Verdict(key, tuple(float(v) for v in (values if isinstance(values, Sequence) else [values])))
+def judge(claim: str | Claim, values: float | Sequence[float]) -> Verdict:
+    """The verdict on a claim of the book, by its key, or on one of your own, from one number per seed (NaN where a seed has none).
+
+    Raises KeyError for an unknown key.
+    """
+    if isinstance(claim, str):
+        if claim not in CLAIMS:
+            raise KeyError(f"no claim {claim!r}; they are {', '.join(CLAIMS)}")
+        claim = CLAIMS[claim]
+    return Verdict(claim, tuple(float(v) for v in (values if isinstance(values, Sequence) else [values])))
 
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """Claims and verdicts as the book shows them, a row a claim."""
+    """Claims and verdicts as the book shows them, one row per claim."""
     return pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, v.word, f"{c.measure}: {c.holds_if}")
                          for v in verdicts for c in [v.claim]],
                         columns=["figure", "claim", "published", "measured", "verdict", "what is measured: when it holds"])
@@ -106,9 +111,9 @@ def gathered(settings: Settings) -> list[Verdict]:
     for key, claim in CLAIMS.items():
         try:
             book = json.loads((_folder(settings) / f"{key}.json").read_text())
-            found.append(Verdict(key, tuple(book["values"]) if book["claim"] == asdict(claim) else ()))
+            found.append(Verdict(claim, tuple(book["values"]) if book["claim"] == asdict(claim) else ()))
         except (OSError, ValueError, KeyError):
-            found.append(Verdict(key, ()))
+            found.append(Verdict(claim, ()))
     return found
 
 
@@ -116,8 +121,16 @@ def _folder(settings: Settings):
     return default_root() / "claims" / settings.digest
 
 
-_INF = math.inf
-CLAIMS = {claim.key: claim for claim in (
+def by_key(claims: Sequence[Claim]) -> dict[str, Claim]:
+    """Claims by their keys. Raises ValueError where two have one key: the one would be lost."""
+    found = {claim.key: claim for claim in claims}
+    if len(found) < len(claims):
+        keys = [claim.key for claim in claims]
+        raise ValueError(f"two claims have the key {next(key for key in keys if keys.count(key) > 1)!r}; give each its own")
+    return found
+
+
+CLAIMS = by_key((
     # Chapter 2
     Claim("plateau", "3a", "The training loss waits a little above ln 2", "0.69 at 1.6e5",
           "median loss in the second quarter of the time to the phase change", 0.67, 0.84),
@@ -144,7 +157,7 @@ CLAIMS = {claim.key: claim for claim in (
           "loss with six of the seven others on, nats", high=0.09),
     Claim("complement", "T2", "Other heads are right where the strongest alone is wrong", ".717 at best",
           "largest share of its mistakes that another head alone gets right, chance among two being 0.5", 0.55),
-    Claim("each-learns", "4b", "Every head learns alone", "8 of 8", "heads that fall below 0.4 ln 2 alone", 8),
+    Claim("each-learns", "4b", "Every head learns alone", "8 of 8", "share of the heads that fall below 0.4 ln 2 alone", 1),
     Claim("alone-slower", "4b", "Each alone is slower than the eight together", "all slower",
           "time of the fastest head alone, over that of the eight", 1.0),
     Claim("pairs", "17", "The strongest head and one other come close to the full network", "all close",
@@ -236,4 +249,4 @@ CLAIMS = {claim.key: claim for claim in (
     Claim("seeds-loss", "18", "and its loss alone", "closely", "rank correlation of strength and loss alone", high=-0.8),
     Claim("seeds-time", "18", "and hardly how fast it learns alone", "hardly; .26 for seed 5",
           "rank correlation of strength and time alone, without its sign", high=0.5),
-)}
+))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,12 +14,14 @@ import pandas as pd
 from ihbook import clamps, metrics, task
 from ihbook.banks import load_bank
 from ihbook.checks import one_of, whole
-from ihbook.config import BankConfig, RunConfig, TaskConfig
+from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
+from ihbook.digest import digest
 from ihbook.engine.prepared import check_device
 from ihbook.engine.results import Result
 from ihbook.task import Batch
 
 PUBLISHED = 1_000_000  # sequences of the paper's main run
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ PROFILES = {"paper": Scale(PUBLISHED, 1e-5, 32, 1000, 3, 100_000), "quick": Scal
 class Settings:
     """The parameters of a chapter. Raises ValueError that names the one that is off, before anything is trained.
 
-    `profile` is "paper" or "quick" (None: what the environment variable IHBOOK_PROFILE says, else "paper"). `n_seeds`
-    networks have this seed and those after it. `n_sequences` is the length of the main run, and other runs are as much longer
-    or shorter as in the paper. None: the profile's.
+    `profile` is "paper" or "quick" (None: what the environment variable IHBOOK_PROFILE says, else "paper"). `n_seeds` networks have
+    this seed and those after it. `n_sequences` is the length of the main run; other runs are longer or shorter in proportion, as in
+    the paper. None: the profile's. The task's and the network's are those of `TaskConfig` and `ModelConfig`.
     """
 
     profile: str | None = None
@@ -56,6 +56,15 @@ class Settings:
     bank_path: str | None = None
     n_classes: int = 50
     n_labels: int = 5
+    n_pairs: int = 2
+    burstiness: int = 1
+    noise: float = 0.0
+    zipf: float = 0.0
+    n_layers: int = 2
+    n_heads: int = 8
+    d_model: int = 64
+    mlp_ratio: float = 0.0
+    positions: str = "rotary"
     n_sequences: int | None = None
     device: str = "cpu"
 
@@ -70,22 +79,36 @@ class Settings:
             object.__setattr__(self, "n_sequences", self.scale.n_sequences)
         whole("n_sequences", self.n_sequences, 1)
         check_device(self.device)
-        task.split(load_bank(self.run().bank), self.run().task)  # says what is wrong with the bank, n_classes and n_labels
+        task.split(load_bank(self.run().bank), self.task)  # says what is wrong with the bank, n_classes and n_labels
 
     @property
     def scale(self) -> Scale:
         return PROFILES[self.profile]
 
     @property
+    def task(self) -> TaskConfig:
+        return TaskConfig(n_classes=self.n_classes, n_labels=self.n_labels, n_pairs=self.n_pairs, burstiness=self.burstiness,
+                          noise=self.noise, zipf=self.zipf)
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(n_layers=self.n_layers, n_heads=self.n_heads, d_model=self.d_model, mlp_ratio=self.mlp_ratio,
+                           positions=self.positions)
+
+    @property
+    def tokens(self) -> list[str]:
+        """What stands at each position of a sequence: exemplars, their labels, and the query."""
+        return [name + str(i + 1).translate(SUBSCRIPTS) for i in range(self.n_pairs) for name in "xl"] + ["x"]
+
+    @property
     def as_published(self) -> bool:
         """Whether the sizes are the paper's, so that its numbers can stand beside those measured."""
-        return (self.n_classes, self.n_labels, self.n_sequences, self.scale.lr) == (50, 5, PUBLISHED, 1e-5)
+        return (self.task, self.model, self.n_sequences, self.scale.lr) == (TaskConfig(), ModelConfig(), PUBLISHED, 1e-5)
 
     @property
     def digest(self) -> str:
         """Names what the numbers are of: all but the device, and where the bank lies."""
-        values = {**asdict(self), "device": None, "bank_path": None}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(replace(self, device="cpu", bank_path=None))[:16]
 
     def length(self, published: float) -> int:
         """As many sequences as `published` in a run of the paper, of 1,000,000."""
@@ -101,25 +124,39 @@ class Settings:
         """A run of the `nth` seed, counted from 0, with a data stream of its own; lengths as in the paper."""
         return RunConfig(
             bank=BankConfig(name=self.bank, path=self.bank_path), clamps=tuple(clamps), init_seed=self.seed + nth,
-            data_seed=nth, lr=self.scale.lr,
-            task=TaskConfig(n_classes=n_classes or self.n_classes, n_labels=n_labels or self.n_labels),
+            data_seed=nth, lr=self.scale.lr, model=self.model,
+            task=replace(self.task, n_classes=n_classes or self.n_classes, n_labels=n_labels or self.n_labels),
             n_sequences=self.length(length), eval_size=self.scale.eval_size, eval_every=self.every(eval_every),
             heads_every=self.every(heads_every), checkpoint_every=self.every(checkpoint_every))
 
 
+def two_layers(settings: Settings) -> None:
+    """Raise ValueError unless the network is one for which Layer 1, Layer 2 and a head among others have a meaning."""
+    if settings.n_layers != 2:
+        raise ValueError(f"n_layers={settings.n_layers}: this chapter takes Layer 1 and Layer 2 apart, and is defined for "
+                         "n_layers=2; chapter 2 takes networks of any depth")
+    if settings.n_heads < 2:
+        raise ValueError(f"n_heads={settings.n_heads}: this chapter compares heads; choose at least 2")
+
+
 def main_runs(settings: Settings) -> list[RunConfig]:
-    """The full network, a run a seed: what most chapters start from (Figure 3)."""
+    """The full network, one run per seed: what most chapters start from (Figure 3)."""
     return [settings.run(heads_every=1000, checkpoint_every=20_000, nth=i) for i in range(settings.n_seeds)]
 
 
 def training_sequences(settings: Settings) -> Batch:
-    """All distinct training sequences, or where they are more than the profile allows, a sample of so many."""
+    """All distinct training sequences; or a sample, where they are more than the profile allows, or can't be listed."""
     run = settings.run()
     splits = task.split(load_bank(run.bank), run.task)
     n = run.task.n_classes * (run.task.n_classes - 1) * len(splits.train_sets) * 4
-    if n <= settings.scale.analysed:
+    if run.task.n_pairs == 2 and not run.task.noise and not run.task.zipf and n <= settings.scale.analysed:
         return task.every_training_sequence(splits)
     return task.sample(splits, settings.scale.analysed, task.seeded("analysis", run.eval_seed))
+
+
+def phase_change(result: Result) -> float:
+    """Sequences seen when the training loss of a run first falls below the paper's threshold; NaN if it never does (Figure 4b)."""
+    return metrics.phase_change(result.metrics, metrics.threshold(result.run.task.n_ways))
 
 
 def by_strength(result: Result, sequences: Batch, layer: int = 1) -> dict[int, float]:
@@ -128,15 +165,23 @@ def by_strength(result: Result, sequences: Batch, layer: int = 1) -> dict[int, f
     return dict(sorted(enumerate(strength), key=lambda item: -item[1]))
 
 
+def induction_layer(result: Result, sequences: Batch) -> int:
+    """The layer with the strongest induction head: of the layers after the first, unless it is the only one."""
+    strength = metrics.measure(result.weights, sequences)["strength"][0].amax(1)
+    return int(strength[1:].argmax()) + 1 if len(strength) > 1 else 0
+
+
 def previous_token_heads(result: Result, n: int = 3) -> list[int]:
-    """The `n` heads of Layer 1 whose label tokens attend most to the token before them at the end of training, the weakest first;
-    three, as many as in the paper's network (Table 1)."""
+    """The `n` heads of Layer 1 whose label tokens attend most to the token before them at the end of training, the weakest first.
+
+    Three, because the paper's network has three (Table 1); one fewer than there are heads, where there are three or fewer.
+    """
     end = result.heads[(result.heads["sequences"] == result.heads["sequences"].max()) & (result.heads["layer"] == 0)]
-    attention = end.set_index("head")["previous_token"]
-    return [int(head) for head in attention.sort_values().index[-n:]]
+    attention = end.set_index("head")["previous_token"].sort_values()
+    return [int(head) for head in attention.index[-min(n, max(1, len(attention) - 1)):]]
 
 
-def only(head: int | Sequence[int], n_heads: int = 8) -> clamps.Ablate:
+def only(head: int | Sequence[int], n_heads: int) -> clamps.Ablate:
     """The clamp that leaves only these heads of Layer 2."""
     return clamps.Ablate(metrics.others(1, head, n_heads))
 

@@ -45,21 +45,20 @@ from ihbook.engine.prepared import prepare
 from ihbook.engine.results import Result
 from ihbook.task import Batch
 
-TOKENS = ("x", "ℓ", "x", "ℓ", "?")
-KINDS = {"train": "training", "test_relabel": "new pair of labels", "test_exemplars": "new exemplars",
-         "test_classes": "new classes"}
+MOST_HEADS = 8  # the page without a kernel holds every set of heads
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """One sequence to look at: what kind it is, the batch that holds it alone, and its characters where there are any."""
+    """One sequence to look at: which evaluation set it is of, the batch that holds it alone, and its characters if there are
+    any."""
 
     name: str
     batch: Batch
     images: tuple[Tensor, ...] | None
 
     def drawing(self) -> str:
-        """Its five tokens and its right answer, as HTML."""
+        """Its tokens and its right answer, as HTML."""
         labels = self.batch.labels[0, 0].tolist()
         ids = self.batch.ids[0, 0].tolist()
         cells = []
@@ -75,19 +74,18 @@ class Shown:
 
 
 def sequences(settings: Settings, n_training: int = 3) -> list[Shown]:
-    """Some training sequences and one of each kind that is new, from the evaluation sets."""
+    """Some training sequences and one that is new in each way, from the evaluation sets."""
     run = settings.run()
     bank = load_bank(run.bank)
     splits = task.split(bank, run.task)
-    sources = {"train": splits.train_ids, "test_relabel": splits.train_ids, "test_exemplars": splits.exemplar_ids,
-               "test_classes": splits.class_ids}
+    batches = task.evaluation_sets(splits, run.eval_seed, 16)
     found = []
-    for name, batch in task.evaluation_sets(splits, run.eval_seed, 16).items():
-        for i, one in enumerate(batch.split(1)[:n_training if name == "train" else 1]):
+    for kind in (kind for kind in task.EVAL_SETS if kind.name in batches):
+        for i, one in enumerate(batches[kind.name].split(1)[:n_training if kind.name == "train" else 1]):
             images = None
             if bank.images is not None:
-                images = tuple(bank.images.flatten(0, 1)[sources[name].flatten()[one.ids[0, 0]]])
-            found.append(Shown(f"{KINDS[name]} {i + 1}" if name == "train" else KINDS[name], one, images))
+                images = tuple(bank.images.flatten(0, 1)[getattr(splits, kind.ids).flatten()[one.ids[0, 0]]])
+            found.append(Shown(f"{kind.words} ({i + 1})" if kind.name == "train" else kind.words, one, images))
     return found
 
 
@@ -108,10 +106,16 @@ def _loss_axes(last: float, top: float = 1.8) -> Axes:
                 [(y, short(y)) for y in (0, 0.5, 1.0, 1.5)])
 
 
-def _threshold(axes: Axes) -> str:
-    y, right = axes.at(0, metrics.THRESHOLD)[1], axes.at(axes.x[1], 0)[0]
+def _tokens(shown: Sequence[Shown]) -> list[str]:
+    """What stands at each position, in as few letters as a pattern has room for."""
+    return ["x", "ℓ"] * (shown[0].batch.labels.shape[2] - 1) + ["?"]
+
+
+def _threshold(axes: Axes, run: RunConfig) -> str:
+    n_ways = run.task.n_ways
+    y, right = axes.at(0, metrics.threshold(n_ways))[1], axes.at(axes.x[1], 0)[0]
     return (f'<line x1="{axes.LEFT}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888" stroke-dasharray="4 3"/>'
-            f'<text x="{right:.1f}" y="{y - 4:.1f}" text-anchor="end">0.4 ln 2: phase change</text>')
+            f'<text x="{right:.1f}" y="{y - 4:.1f}" text-anchor="end">0.4 ln {n_ways}: phase change</text>')
 
 
 def _colours(n_heads: int) -> list[str]:
@@ -130,7 +134,7 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
     losses = experiments.curve(result)
     axes = _loss_axes(seen[-1])
     line = axes.path(losses[["sequences", "value"]].to_numpy())
-    inside = (f'<path d="{line}" fill="none" stroke="#222" stroke-width="1.8"/>{_threshold(axes)}'
+    inside = (f'<path d="{line}" fill="none" stroke="#222" stroke-width="1.8"/>{_threshold(axes, result.run)}'
               '<circle cx="{}" cy="{}" r="6" fill="#d55e00"/><text class="ih-value" x="{}" y="{}" fill="#a44a00">{}</text>')
     heads = [f"1.{h}" for h in range(model.n_heads)]
     labels = [f"label {i}" for i in range(n_labels)]
@@ -155,7 +159,7 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
         first, second, _ = acts(seen[int(at)], int(i))
         return [*pattern_values(first), *pattern_values(second)]
 
-    change = metrics.phase_change(result.metrics)
+    change = experiments.phase_change(result)
     start = min(range(len(seen)), key=lambda i: abs(seen[i] - change)) if change == change else len(seen) - 1
     row = "".join([chart(axes, "Training loss, and where this checkpoint stands", inside),
                    bars("induction strength", heads, _colours(model.n_heads), (-1, 1)),
@@ -165,7 +169,7 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
         [Control("sequences seen", tuple(f"{s:,}" for s in seen), "slider", str(start)),
          Control("sequence", tuple(one.name for one in shown))],
         [_header(shown), Part(f'<div class="ih-row">{row}</div>', every, charts),
-         Part(patterns(0, model.n_heads, TOKENS) + patterns(1, model.n_heads, TOKENS), every, attention)],
+         Part(patterns(0, model.n_heads, _tokens(shown)) + patterns(1, model.n_heads, _tokens(shown)), every, attention)],
         label="Scrub through training")
 
 
@@ -181,9 +185,12 @@ def _ablated(layer: int, bits: str) -> list[Clamp]:
 def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
     """Switch heads off and clamp what is left, on the finished network: accuracy and loss over `sample`, and attention (chapter 3).
 
-    Live, every head has its switch. The page without a kernel has those of Layer 2, under some of the clamps.
+    Live, every head has its switch. The page without a kernel has those of Layer 2, under some of the clamps. Raises ValueError for
+    a network of more heads than that page can hold every set of.
     """
     weights, model = result.weights, result.run.model
+    if model.n_heads > MOST_HEADS:
+        raise ValueError(f"n_heads={model.n_heads}: the page holds every set of heads; choose at most {MOST_HEADS}")
     best = next(iter(experiments.by_strength(result, sample)))
     found = experiments.previous_token_heads(result)
     previous, pt = tuple((0, h) for h in found), (0, found[-1])
@@ -213,7 +220,7 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
     heads = [tuple(f"{layer}.{h}" for h in range(model.n_heads)) for layer in (0, 1)]
     result_bars, result_bars_of_few = (bars(words.format(len(batch)), names, ["#0173b2", "#a44a00"], limits) for batch in
                                        (sample, few))
-    grids = patterns(0, model.n_heads, TOKENS) + patterns(1, model.n_heads, TOKENS)
+    grids = patterns(0, model.n_heads, _tokens(shown)) + patterns(1, model.n_heads, _tokens(shown))
     names_of = tuple(one.name for one in shown)
     follows = ("Layer 1", "Layer 2", "what is switched off in Layer 1 is felt by", "clamped")
     still = {"nothing": (), f"no previous-token heads ({', '.join(f'0.{h}' for h in found)})": (Ablate(previous),),
@@ -376,7 +383,7 @@ class WhatIf(ipywidgets.VBox):
             return
         if results is not None:
             self.results = results
-            times = [metrics.phase_change(result.metrics) for result in results]
+            times = [experiments.phase_change(result) for result in results]
             self._say("; ".join(f"{name}: phase change at {time:,.0f}" if time == time else f"{name}: no phase change"
                                 for name, time in zip(names, times, strict=True)))
         else:
@@ -400,4 +407,4 @@ class WhatIf(ipywidgets.VBox):
         lines = "".join(f'<path d="{axes.path(points)}" fill="none" stroke="{colours[name]}" stroke-width="1.8"/>'
                         f'<text x="{axes.LEFT + 8}" y="{axes.HEIGHT - axes.BOTTOM - 8 - 15 * i}" fill="{colours[name]}" '
                         f'class="ih-title">{html.escape(name)}</text>' for i, (name, points) in enumerate(self._curves.items()))
-        self.view.value = STYLE + chart(axes, "Training losses", _threshold(axes) + lines)
+        self.view.value = STYLE + chart(axes, "Training losses", _threshold(axes, self.settings.run()) + lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,14 +15,11 @@ import torch
 from matplotlib.axes import Axes
 
 from ihbook.chapters.pictures import INK, MUTED, PALETTE, Picture, head_colour, in_style
-from ihbook.metrics import LN2, THRESHOLD
+from ihbook.metrics import threshold as threshold_of
+from ihbook.task import EVAL_SETS
 
-_EVAL_SETS = {  # name -> (what a reader calls it, colour)
-    "train": ("training sequences", PALETTE[0]),
-    "test_relabel": ("held-out label pairs", PALETTE[1]),
-    "test_exemplars": ("held-out exemplars", PALETTE[4]),
-    "test_classes": ("held-out classes", PALETTE[2]),
-}
+_COLOURS = dict(zip((each.name for each in EVAL_SETS), (PALETTE[0], PALETTE[1], PALETTE[4], PALETTE[2]), strict=True))
+_WORDS = {each.name: each.words for each in EVAL_SETS}
 
 
 def _millions(axes: Axes, last: float) -> None:
@@ -86,25 +84,27 @@ def _curve(axes: Axes, table: pd.DataFrame, colour: str) -> pd.Series:
 
 
 @in_style
-def loss_curves(table: pd.DataFrame, eval_sets: Sequence[str] = tuple(_EVAL_SETS), *,
+def loss_curves(table: pd.DataFrame, *, n_ways: int = 2,
                 published: Mapping[str, Sequence[tuple[float, float]]] | None = None) -> Picture:
-    """Loss against sequences seen, a line an evaluation set (Figure 3a): median over the column `run`, band its range.
+    """Loss against sequences seen, one line per evaluation set (Figure 3a): median over the column `run`, band its range.
 
-    `published` gives, for an evaluation set, points (sequences, loss) of the paper, drawn as open circles.
+    `n_ways` labels stand in context. `published` gives, for an evaluation set, points (sequences, loss) of the paper, drawn as open
+    circles.
     """
     figure = Picture(figsize=(7.6, 3.9))
     axes = figure.subplots()
     losses = table[table["metric"] == "loss"]
-    eval_sets = [name for name in eval_sets if name in set(losses["eval_set"])]
-    last, ends = losses["sequences"].max(), []
-    for name in eval_sets:
-        words, colour = _EVAL_SETS[name]
+    there = set(losses["eval_set"])
+    last, ends, guess = losses["sequences"].max(), [], math.log(n_ways)
+    own = dict(zip(sorted(there - set(_COLOURS)), PALETTE[3:4] + PALETTE[5:], strict=False))
+    for name, colour in {name: colour for name, colour in {**_COLOURS, **own}.items() if name in there}.items():
+        words = _WORDS.get(name, name)
         median = _curve(axes, losses[losses["eval_set"] == name], colour)
         ends.append((median.iloc[-1], words, colour))
         for x, y in (published or {}).get(name, ()):
             axes.plot(x, y, "o", mfc="white", mec=colour, ms=6.5, mew=1.6, clip_on=False, zorder=5)
-    axes.axhline(LN2, color=MUTED, ls=(0, (4, 3)), lw=1)
-    axes.text(0.72 * last, LN2, "ln 2", color=MUTED, ha="center", va="bottom", fontsize=9.5)
+    axes.axhline(guess, color=MUTED, ls=(0, (4, 3)), lw=1)
+    axes.text(0.72 * last, guess, f"ln {n_ways}", color=MUTED, ha="center", va="bottom", fontsize=9.5)
     top = max(1.0, min(2.4, losses["value"].max() * 1.04))
     axes.set(ylim=(-0.02 * top, top), ylabel="loss at the query (nats)")
     _millions(axes, last)
@@ -112,7 +112,7 @@ def loss_curves(table: pd.DataFrame, eval_sets: Sequence[str] = tuple(_EVAL_SETS
     if published:
         axes.plot([], [], "o", mfc="white", mec=MUTED, ms=6.5, mew=1.6, label="published (authors' features)")
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1.0, 1.02), fontsize=9, labelcolor=MUTED)
-    figure.alt = (f"Loss against sequences seen, to {last:,}, with a dashed line at ln 2. At the end: "
+    figure.alt = (f"Loss against sequences seen, to {last:,}, with a dashed line at ln {n_ways}. At the end: "
                   + ", ".join(f"{words} {value:.3f}" for value, words, _ in ends) + ".")
     return figure
 
@@ -143,7 +143,7 @@ def head_strengths(heads: pd.DataFrame, final: Sequence[float], *, layer: int = 
 
 
 @in_style
-def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping[str, str]) -> Picture:
+def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping[str, str], *, n_ways: int = 2) -> Picture:
     """Small multiples of loss, two in a row: columns panel, group, run, sequences, value (Figures 6, 15).
 
     `panels` gives each panel's title, `colour` the groups in order; medians over runs, bands their range.
@@ -151,14 +151,14 @@ def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping
     figure = Picture(figsize=(7.6, 2.75 * -(-len(panels) // 2)))
     grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True).flatten()
     spare = grid[-1] if len(panels) % 2 else None
-    high, words = min(3.0, table["value"].max() * 1.04), []
+    high, words, low = min(3.0, table["value"].max() * 1.04), [], threshold_of(n_ways)
     for axes, (panel, title) in zip(grid, panels.items(), strict=False):
         rows = table[table["panel"] == panel]
         for name, hue in colour.items():
             median = _curve(axes, rows[rows["group"] == name], hue)
-            below = median.index[median < THRESHOLD]
-            words.append(f"{title}, {name}: " + (f"below {THRESHOLD:.2f} at {below[0]:,.0f}" if len(below) else "never low"))
-        axes.axhline(THRESHOLD, color=MUTED, ls=(0, (1, 2)), lw=1)
+            below = median.index[median < low]
+            words.append(f"{title}, {name}: " + (f"below {low:.2f} at {below[0]:,.0f}" if len(below) else "never low"))
+        axes.axhline(low, color=MUTED, ls=(0, (1, 2)), lw=1)
         axes.set(title=title, ylim=(-0.02 * high, high), ylabel="loss (nats)" if axes in grid[::2] else "")
         _millions(axes, rows["sequences"].max())
     legend = grid[0] if spare is None else spare
@@ -176,15 +176,17 @@ def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping
 def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
                published: Mapping[str, Sequence[tuple[float, float]]] | None = None,
                threshold: bool = False, log: bool = False, dashed: Sequence[str] = (), y: str = "training loss (nats)",
-               x: str | None = None, ln2: bool = True, top: float | None = None, line: float | None = None) -> Picture:
+               x: str | None = None, n_ways: int = 2, guess: bool = True, top: float | None = None,
+               line: float | None = None) -> Picture:
     """Curves of several groups of runs: columns group, run, sequences, value. A group's median over runs, band its range.
 
-    `colour` names the groups, in order. `threshold` marks 0.4 ln 2, and where each median first passes it; `published` are
-    points (sequences, value) of the paper, open circles; `x` names another axis than sequences seen; `line` is a moment.
+    `colour` names the groups, in order. `guess` marks ln `n_ways`, the loss of guessing among the labels in context; `threshold`
+    marks 0.4 times that, and where each median first passes it; `published` are points (sequences, value) of the paper, open
+    circles; `x` names another axis than sequences seen; `line` is a moment.
     """
     figure = Picture(figsize=(7.6, 4.1))
     axes = figure.subplots()
-    last, height, words = table["sequences"].max(), {}, []
+    last, height, words, low = table["sequences"].max(), {}, [], threshold_of(n_ways)
     for name, hue in colour.items():
         rows = table[table["group"] == name]
         if rows.empty:
@@ -195,20 +197,20 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
             axes.lines[-1].set_linestyle((0, (4, 2)))
         for point in (published or {}).get(name, ()):
             axes.plot(*point, "o", mfc="white", mec=hue, ms=6.5, mew=1.6, clip_on=False, zorder=5)
-        below = median.index[median < THRESHOLD]
+        below = median.index[median < low]
         if threshold and len(below):
-            axes.plot(below[0], THRESHOLD, "o", color=hue, ms=4.5, zorder=5)
+            axes.plot(below[0], low, "o", color=hue, ms=4.5, zorder=5)
         at_end = float(median.iloc[-1])
-        crossing = f", first below {THRESHOLD:.2f} at {below[0]:,.0f}" if threshold and len(below) else ""
+        crossing = f", first below {low:.2f} at {below[0]:,.0f}" if threshold and len(below) else ""
         words.append(f"{name} {at_end:.3g}{crossing}")
     ground = {"color": MUTED, "ha": "right", "va": "bottom", "fontsize": 9, "zorder": 4,
               "bbox": {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}}
-    if ln2:
-        axes.axhline(LN2, color=MUTED, ls=(0, (4, 3)), lw=1)
-        axes.text(0.995 * last, LN2, "ln 2", **ground)
+    if guess:
+        axes.axhline(math.log(n_ways), color=MUTED, ls=(0, (4, 3)), lw=1)
+        axes.text(0.995 * last, math.log(n_ways), f"ln {n_ways}", **ground)
     if threshold:
-        axes.axhline(THRESHOLD, color=MUTED, ls=(0, (1, 2)), lw=1)
-        axes.text(0.995 * last, THRESHOLD, "0.4 ln 2", **ground)
+        axes.axhline(low, color=MUTED, ls=(0, (1, 2)), lw=1)
+        axes.text(0.995 * last, low, f"0.4 ln {n_ways}", **ground)
     if line is not None:
         axes.axvline(line, color=MUTED, lw=1)
     if log:
@@ -279,12 +281,15 @@ def sweep(table: pd.DataFrame, varied: Sequence[str], claims: Mapping[str, Any])
         sns.lineplot(rows, x="x", y="value", hue="hue", palette=palette, ax=axes, estimator="median", errorbar=("pi", 100),
                      marker="o", legend=False)
         low, high = axes.get_ylim()
-        axes.axhspan(max(low, claims[key].low), min(high, claims[key].high), color=PALETTE[2], alpha=0.12, lw=0)
-        axes.set(ylim=(low, high), xlabel=order[0], ylabel="", title="\n".join(textwrap.wrap(claims[key].sentence, 36)))
+        sentence = key
+        if key in claims:  # a chapter of the reader's own may have others
+            sentence = claims[key].sentence
+            axes.axhspan(max(low, claims[key].low), min(high, claims[key].high), color=PALETTE[2], alpha=0.12, lw=0)
+        axes.set(ylim=(low, high), xlabel=order[0], ylabel="", title="\n".join(textwrap.wrap(sentence, 36)))
         axes.title.set_fontsize(9.5)
         if pd.api.types.is_integer_dtype(x):
             axes.set_xticks(sorted(x.unique()))
-        words.append(f"{claims[key].sentence}: median {rows['value'].median():.3g}")
+        words.append(f"{sentence}: median {rows['value'].median():.3g}")
     for axes in grid[len(keys):]:
         axes.axis("off")
     if hue:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,8 +18,7 @@ from ihbook.config import ModelConfig
 from ihbook.model import Activations, Params, Weights, stack
 from ihbook.task import Batch
 
-LN2 = math.log(2)  # the loss of knowing which two labels are in context, but not which is right
-THRESHOLD = 0.4 * LN2  # the paper's sign of the phase change, in nats (`threshold`)
+THRESHOLD = 0.4 * math.log(2)  # nats; 0.4 times the loss of knowing which two labels are in context, but not which is right
 TOGETHER, CHUNK = 8, 1024  # finished networks, and their sequences, that are measured at once: what a core's caches hold
 
 METRICS = ("loss", "accuracy", "probability", "in_context_loss", "in_context_accuracy", "in_context_probability",
@@ -130,29 +129,11 @@ def correct(weights: Weights | Sequence[Weights], batch: Batch, clamps: Sequence
         for params, every, config, plan, n in _clamped(weights, batch, clamps)])
 
 
-def right_instead(weights: Weights, batch: Batch, clamps: Sequence[Sequence]) -> tuple[int, list[float]]:
-    """How many sequences a network gets wrong under the first of `clamps`, and the share of them that it gets right under each of
-    the others; no shares where there are none (Tables 2 and 3)."""
-    right = correct(weights, batch, clamps)
-    missed = ~right[0]
-    return int(missed.sum()), right[1:, missed].double().mean(1).tolist() if missed.any() else []
-
-
 def gradients(weights: Weights, batch: Batch, clamps: Sequence = ()) -> Params:
     """The gradient of the mean loss of one network's sequences with respect to each weight, under clamps; no run axis."""
     [(params, batch, config, plan, _)] = _clamped(weights, batch, [clamps])
     found = torch.func.grad(lambda p: cross_entropy(plan(p, batch, config, query_only=True).logits, batch).sum())(params)
     return {name: g[0] for name, g in found.items()}
-
-
-def gradient_norms(weights: Weights, batch: Batch, head: int, clamps: Sequence = (), layer: int = 1) -> dict[str, float]:
-    """The norms of `gradients` of a head's queries, keys, values and output, of the layer before, and of the unembedding."""
-    config, found = weights.config, gradients(weights, batch, clamps)
-    parts = found[f"layers.{layer}.attn.qkv.weight"].unflatten(0, (3, config.n_heads, config.d_head))[:, head]
-    out = found[f"layers.{layer}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head))[:, head]
-    tensors = {"its queries": parts[0], "its keys": parts[1], "its values": parts[2], "its output": out,
-               "the layer before": found[f"layers.{layer - 1}.attn.qkv.weight"], "unembedding": found["unembed.weight"]}
-    return {name: tensor.norm().item() for name, tensor in tensors.items()}
 
 
 def composition_scores(weights: Weights, part: str, layer: int = 1) -> Tensor:
@@ -197,14 +178,6 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
         yield params, batch.expand(len(params["unembed.bias"])), config, plan, len(some)
 
 
-def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[int, int], ...]:
-    """All heads of a layer but those in `keep`. Raises ValueError for one that is not there."""
-    kept = {int(head) for head in np.atleast_1d(keep)}
-    if not kept <= set(range(n_heads)):
-        raise ValueError(f"keep={keep!r} has a head that is not there; heads are 0 to {n_heads - 1}")
-    return tuple((layer, head) for head in range(n_heads) if head not in kept)
-
-
 def phase_change(curve: pd.DataFrame, threshold: float = THRESHOLD, *, eval_set: str = "train") -> float:
     """Sequences seen when the loss first falls below `threshold` (nats), interpolated linearly; NaN if it never does.
 
@@ -228,12 +201,6 @@ def crossing(values: pd.Series, level: float) -> float:
         return math.nan
     i = below[0]
     return float(x[0] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - level) / (y[i - 1] - y[i]))
-
-
-def half_way(heads: pd.DataFrame, strengths: Mapping[int, float], layer: int = 1) -> list[float]:
-    """Sequences seen when each head of a layer first had half of its strength here, from a run's heads table (Figure 3b)."""
-    by_head = heads[heads["layer"] == layer].pivot(index="sequences", columns="head", values="strength")
-    return [crossing(-by_head[head], -strength / 2) for head, strength in strengths.items()]
 
 
 def plateau(losses: pd.Series, change: float) -> tuple[float, float, float]:

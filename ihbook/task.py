@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -82,19 +82,19 @@ class Batch:
     def __len__(self) -> int:
         return self.ids.shape[1]
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(self.bank, change(self.ids), change(self.labels), None if self.noise is None else change(self.noise))
+
     def split(self, size: int) -> list[Batch]:
         """Consecutive batches of at most `size` sequences."""
-        return [Batch(self.bank, self.ids[:, i:i + size], self.labels[:, i:i + size],
-                      None if self.noise is None else self.noise[:, i:i + size]) for i in range(0, len(self), size)]
+        return [self._each(lambda x, i=i: x[:, i:i + size]) for i in range(0, len(self), size)]
 
     def expand(self, n_runs: int) -> Batch:
         """The same sequences for each of `n_runs` runs (views, from a batch of one run)."""
-        noise = None if self.noise is None else self.noise.expand(n_runs, -1, -1, -1)
-        return Batch(self.bank, self.ids.expand(n_runs, -1, -1), self.labels.expand(n_runs, -1, -1), noise)
+        return self._each(lambda x: x.expand(n_runs, *x.shape[1:]))
 
     def to(self, device: str | torch.device) -> Batch:
-        noise = None if self.noise is None else self.noise.to(device)
-        return Batch(self.bank.to(device), self.ids.to(device), self.labels.to(device), noise)
+        return replace(self._each(lambda x: x.to(device)), bank=self.bank.to(device))
 
 
 def from_exemplars(exemplars: Tensor, labels: Tensor) -> Batch:

@@ -39,9 +39,12 @@ def test_claims_are_whole():
 
 
 def test_two_claims_with_one_key_are_refused():
-    one, *others = claims.CLAIMS.values()
-    with pytest.raises(ValueError, match=f"two claims have the key '{one.key}'"):
-        claims.by_key([one, *others, replace(one, sentence="another")])
+    text = '[a]\nfigure = "1"\nsentence = "s"\npublished = "p"\nmeasure = "m"\nlow = 1\n'
+    assert claims.load(text)["a"].low == 1
+    with pytest.raises(ValueError, match="twice"):
+        claims.load(text + text)
+    with pytest.raises(TypeError, match="hihg"):
+        claims.load(text + "hihg = 2\n")
 
 
 def test_a_claim_of_ones_own_is_judged_and_tabled(tmp_path, monkeypatch):

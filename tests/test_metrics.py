@@ -11,7 +11,7 @@ from cases import clamps as golden_clamps
 from conftest import shared
 
 from ihbook import clamps, metrics
-from ihbook.chapters import claims
+from ihbook.chapters import claims, experiments
 from ihbook.clamps import run_with_clamps
 from ihbook.task import Batch
 
@@ -131,10 +131,10 @@ def test_the_authors_curve_meets_the_claims_about_its_shape():
 
 
 def test_others_are_all_heads_but_those():
-    assert metrics.others(1, 3, 4) == ((1, 0), (1, 1), (1, 2))
-    assert metrics.others(0, [0, 2], 4) == ((0, 1), (0, 3)) and metrics.others(1, np.int64(0), 2) == ((1, 1),)
+    assert experiments.others(1, 3, 4) == ((1, 0), (1, 1), (1, 2))
+    assert experiments.others(0, [0, 2], 4) == ((0, 1), (0, 3)) and experiments.others(1, np.int64(0), 2) == ((1, 1),)
     with pytest.raises(ValueError, match="keep=9"):
-        metrics.others(1, 9, 8)
+        experiments.others(1, 9, 8)
 
 
 def test_a_finished_network_is_measured_at_the_end_of_its_windows(networks, batch):
@@ -159,7 +159,7 @@ def test_networks_that_are_measured_together_are_of_one_architecture(networks, b
 
 def test_who_is_right_where_the_first_is_wrong(networks, batch):
     lists = [(clamps.Ablate((1, h)),) for h in range(3)]
-    n, shares = metrics.right_instead(networks[0], batch, lists)
+    n, shares = experiments.right_instead(networks[0], batch, lists)
     first, *others = metrics.correct(networks[0], batch, lists)
     assert n == (~first).sum() > 0
     assert shares == pytest.approx([(each[~first]).double().mean().item() for each in others])
@@ -168,8 +168,8 @@ def test_who_is_right_where_the_first_is_wrong(networks, batch):
 def test_half_way_up_is_interpolated():
     heads = pd.DataFrame([(at, layer, 3, at / 100 * (layer + 1)) for at in (0, 10, 20) for layer in (0, 1)],
                          columns=["sequences", "layer", "head", "strength"])
-    assert metrics.half_way(heads, {3: 0.3}) == pytest.approx([7.5])  # 0.15, at 0.02 a sequence
-    assert math.isnan(metrics.half_way(heads, {3: 2.0})[0])
+    assert experiments.half_way(heads, {3: 0.3}) == pytest.approx([7.5])  # 0.15, at 0.02 a sequence
+    assert math.isnan(experiments.half_way(heads, {3: 2.0})[0])
 
 
 def test_gradient_norms_are_those_of_the_heads_own_weights(networks, batch):
@@ -177,7 +177,7 @@ def test_gradient_norms_are_those_of_the_heads_own_weights(networks, batch):
     found = metrics.gradients(network, batch)
     qkv = found["layers.1.attn.qkv.weight"]
     d = network.config.d_head
-    norms = metrics.gradient_norms(network, batch, head)
+    norms = experiments.gradient_norms(network, batch, head)
     for i, name in enumerate(("its queries", "its keys", "its values")):
         rows = qkv[i * network.config.d_model + head * d:][:d]
         assert norms[name] == pytest.approx(rows.norm().item()) and norms[name] > 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.digest import digest
 from ihbook.engine.prepared import check_device
 from ihbook.engine.results import Result
+from ihbook.model import Weights
 from ihbook.task import Batch
 
 PUBLISHED = 1_000_000  # sequences of the paper's main run
@@ -181,9 +182,17 @@ def previous_token_heads(result: Result, n: int = 3) -> list[int]:
     return [int(head) for head in attention.index[-min(n, max(1, len(attention) - 1)):]]
 
 
+def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[int, int], ...]:
+    """All heads of a layer but those in `keep`. Raises ValueError for one that is not there."""
+    kept = {int(head) for head in np.atleast_1d(keep)}
+    if not kept <= set(range(n_heads)):
+        raise ValueError(f"keep={keep!r} has a head that is not there; heads are 0 to {n_heads - 1}")
+    return tuple((layer, head) for head in range(n_heads) if head not in kept)
+
+
 def only(head: int | Sequence[int], n_heads: int) -> clamps.Ablate:
     """The clamp that leaves only these heads of Layer 2."""
-    return clamps.Ablate(metrics.others(1, head, n_heads))
+    return clamps.Ablate(others(1, head, n_heads))
 
 
 def without(head: int) -> clamps.Ablate:
@@ -206,3 +215,27 @@ def loss_at(result: Result, sequences: float) -> float:
     """The loss on the training set at that many sequences, interpolated linearly; NaN beyond the run's end."""
     rows = curve(result)
     return float(np.interp(sequences, rows["sequences"], rows["value"], right=math.nan))
+
+
+def right_instead(weights: Weights, batch: Batch, clamps: Sequence[Sequence]) -> tuple[int, list[float]]:
+    """How many sequences a network gets wrong under the first of `clamps`, and the share of them that it gets right under each of
+    the others; no shares where there are none (Tables 2 and 3)."""
+    right = metrics.correct(weights, batch, clamps)
+    missed = ~right[0]
+    return int(missed.sum()), right[1:, missed].double().mean(1).tolist() if missed.any() else []
+
+
+def gradient_norms(weights: Weights, batch: Batch, head: int, clamps: Sequence = (), layer: int = 1) -> dict[str, float]:
+    """The norms of `gradients` of a head's queries, keys, values and output, of the layer before, and of the unembedding."""
+    config, found = weights.config, metrics.gradients(weights, batch, clamps)
+    parts = found[f"layers.{layer}.attn.qkv.weight"].unflatten(0, (3, config.n_heads, config.d_head))[:, head]
+    out = found[f"layers.{layer}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head))[:, head]
+    tensors = {"its queries": parts[0], "its keys": parts[1], "its values": parts[2], "its output": out,
+               "the layer before": found[f"layers.{layer - 1}.attn.qkv.weight"], "unembedding": found["unembed.weight"]}
+    return {name: tensor.norm().item() for name, tensor in tensors.items()}
+
+
+def half_way(heads: pd.DataFrame, strengths: Mapping[int, float], layer: int = 1) -> list[float]:
+    """Sequences seen when each head of a layer first had half of its strength here, from a run's heads table (Figure 3b)."""
+    by_head = heads[heads["layer"] == layer].pivot(index="sequences", columns="head", values="strength")
+    return [metrics.crossing(-by_head[head], -strength / 2) for head, strength in strengths.items()]

@@ -101,24 +101,15 @@ def _check_write(clamp: Clamp, write: Write, shape: Shape, network: Weights | No
     if write.how == "scale" and (len(write.terms) != 1 or write.terms[0][1] is not None):
         raise ValueError(f"{clamp}: a Write of {write.name} that scales has the terms {write.terms}; it must have one, "
                          "((number, None),)")
+    kind = KIND[write.name]
+    width = {"head": network.config.d_head, "stream": network.config.d_model, "logits": network.n_labels} if network else {}
     for coefficient, _ in write.terms:
-        found = tuple(torch.as_tensor(coefficient).shape)
-        wide = len(found) > len(expected) and KIND[write.name] != "attention"
-        fits = (*expected, _width(write.name, network) or found[-1]) if wide else tuple(expected)
-        try:
-            right = torch.broadcast_shapes(found, fits) == fits
-        except RuntimeError:
-            right = False
-        if not right:
-            raise ValueError(f"{clamp}: a Write of {write.name} has a coefficient of {list(found)}, which does not broadcast to "
-                             f"{list(fits)}: its entries{', and its features' * wide}")
-
-
-def _width(name: str, network: Weights | None) -> int | None:
-    """How many features an activation has; None where the network is not known."""
-    if network is None:
-        return None
-    return {"head": network.config.d_head, "stream": network.config.d_model, "logits": network.n_labels}[KIND[name]]
+        found = list(torch.as_tensor(coefficient).shape)
+        wide = len(found) > len(expected) and kind != "attention"
+        fits = [*expected, width.get(kind, found[-1])] if wide else list(expected)
+        if len(found) > len(fits) or any(n not in (1, m) for n, m in zip(found[::-1], fits[::-1], strict=False)):
+            raise ValueError(f"{clamp}: a Write of {write.name} has a coefficient of {found}, which does not broadcast to {fits}: "
+                             f"its entries{', and its features' * wide}")
 
 
 def _entry(site: Site, where: Tensor) -> str:

@@ -227,19 +227,15 @@ class Steer:
             if self.positions is not None:
                 object.__setattr__(self, "positions", tuple(operator.index(pos) for pos in self.positions))
         except (TypeError, ValueError) as error:
-            raise ValueError("Steer: vector must be a list of numbers, and positions a list of whole numbers or None "
-                             f"({error})") from error
+            raise ValueError(f"Steer: vector must be a list of numbers, and positions of whole numbers or None: {error}") from error
         if not self.vector or not all(map(math.isfinite, self.vector)):
             raise ValueError("Steer: vector is empty, or has a number that is not finite")
 
     def writes(self, shape: Shape) -> list[Write]:
+        everywhere = self.name == "logits" or self.positions is None
+        if not everywhere and (beyond := [pos for pos in self.positions if not -shape.n_positions <= pos < shape.n_positions]):
+            raise ValueError(f"Steer: there is no position {beyond[0]}; they are 0 to {shape.n_positions - 1}")
         where = shape.zeros(self.name)
-        if self.name == "logits" or self.positions is None:
-            where = ~where
-        else:
-            for pos in self.positions:
-                if not -shape.n_positions <= pos < shape.n_positions:
-                    raise ValueError(f"Steer: there is no position {pos}; they are 0 to {shape.n_positions - 1}")
-                where[pos] = True
+        where[... if everywhere else list(self.positions)] = True
         vector = torch.tensor(self.vector)
         return [Write(self.name, self.layer, where, ((vector if self.name == "logits" else vector[None], None),), how="add")]

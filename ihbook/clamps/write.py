@@ -145,11 +145,3 @@ class During:
 
     def active(self, sequences: float) -> bool:
         return self.start <= sequences and (self.until is None or sequences < self.until)
-
-    @property
-    def broadcasts(self) -> bool:
-        return getattr(self.clamp, "broadcasts", False)
-
-    @property
-    def extra_pass(self) -> bool:
-        return getattr(self.clamp, "extra_pass", False)

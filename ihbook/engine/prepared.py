@@ -94,7 +94,7 @@ class Prepared:
     @property
     def extra_pass_key(self) -> frozenset:
         """`clamp_signatures` where clamps need a second forward pass, so that such runs are grouped apart; otherwise empty."""
-        extra = any(getattr(clamp, "extra_pass", False) for clamp in self.run.clamps)
+        extra = any(getattr(compose.bare(clamp), "extra_pass", False) for clamp in self.run.clamps)
         return frozenset(self.clamp_signatures) if extra else frozenset()
 
     @property

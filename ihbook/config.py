@@ -188,6 +188,8 @@ class RunConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
             except TypeError as error:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a list; give a list, {name}=[...]") from error
+            if classes := [each for each in getattr(self, name) if isinstance(each, type)]:
+                raise ValueError(f"{name} has the class {classes[0].__name__}; give one made of it, {classes[0].__name__}(...)")
         for name, method in (("metrics", "__call__"), ("eval_sets", "draw")):
             for each in getattr(self, name):
                 if not isinstance(getattr(each, "name", None), str) or not hasattr(each, method):

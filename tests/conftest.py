@@ -15,6 +15,10 @@ from ihbook.config import ModelConfig
 from ihbook.model import Weights
 from ihbook.task import Bank, from_exemplars
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers that wait for each other are ten times slower
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -15,6 +15,7 @@ from conftest import BUILD, ROOT, TOOLS, copy_of_the_book, shared
 from ihbook.chapters.claims import CLAIMS
 
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
+pytestmark = pytest.mark.xdist_group("book")
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,10 @@ def test_the_list_above_is_that_of_the_specification():
     assert sorted(set(ids) - {"id"}) == sorted(PUBLISHED)
 
 
+# A notebook defines no model, clamp or metric, but where it teaches how to.
+TAUGHT = {"05_clamping": ["class Uniform:"], "extending": ["class Borrow:", "class Margin:", "class Match:"]}
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
 def test_notebooks_are_committed_without_outputs(path):
     notebook = nbformat.read(path, 4)
@@ -64,10 +69,11 @@ def test_notebooks_are_committed_without_outputs(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert sum("parameters" in cell.metadata.get("tags", ()) for cell in code) == 1
     classes = [line for cell in code for line in cell.source.splitlines() if line.lstrip().startswith("class ")]
-    assert classes == (["class Uniform:"] if path.stem == "05_clamping" else [])  # it teaches how to write a clamp
+    assert classes == TAUGHT.get(path.stem, [])
     subprocess.run([TOOLS / "nbstripout", "--keep-id", "--verify", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_01_with_other_parameters(tmp_path):
     parameters = {"n_labels": 10, "n_classes": 20, "seed": 3}
     found = execute("01_task", tmp_path, parameters, "[len(everything), len(splits.test_sets), right.item()]")
@@ -78,6 +84,7 @@ def test_01_with_other_parameters(tmp_path):
 VERDICTS = "{v.key: [v.word, *v.values] for v in verdicts}"
 
 
+@pytest.mark.slow
 def test_02_finds_the_phase_change_of_each_seed(tmp_path, store):
     wanted = "[int(last), [r.config.init_seed for r in results], changes['phase change'].tolist(), strengths]"
     parameters = {"seed": 7, "n_seeds": 2}
@@ -89,14 +96,17 @@ def test_02_finds_the_phase_change_of_each_seed(tmp_path, store):
     assert len(list(store.glob("runs/*/manifest.json"))) == trained  # read back
 
 
-def test_02_of_another_task(tmp_path, store):
-    parameters = {"n_labels": 10, "n_sequences": 9_600}
-    wanted = f"[int(last), result.weights.n_labels, end['loss']['train'], {VERDICTS}]"
-    last, n_labels, loss, verdicts = execute("02_phase_change", tmp_path, parameters, wanted)
-    assert (last, n_labels) == (9_600, 10) and 0.5 < loss < 2.4
+@pytest.mark.slow
+def test_02_of_another_task_and_network(tmp_path, store):
+    parameters = {"n_labels": 10, "n_sequences": 9_600, "n_layers": 3, "mlp_ratio": 1.0, "n_heads": 4, "positions": "learned",
+                  "n_pairs": 4, "burstiness": 2, "noise": 0.1, "zipf": 0.5}
+    wanted = f"[int(last), result.weights.n_labels, end['loss']['train'], layer, len(strengths), {VERDICTS}]"
+    last, n_labels, loss, layer, n_heads, verdicts = execute("02_phase_change", tmp_path, parameters, wanted)
+    assert (last, n_labels, n_heads) == (9_600, 10, 4) and 0.5 < loss < 2.4 and layer in (1, 2)
     assert {word for word, *_ in verdicts.values()} == {"not tested"}  # no phase change yet
 
 
+@pytest.mark.slow
 def test_05_gradients_stop_where_something_is_clamped(tmp_path, store):
     norms, times = execute("05_clamping", tmp_path, {"seed": 6}, "[norms.to_dict('index'), {n: metrics.phase_change("
                                                                "r.metrics) for n, r in zip(windows, trained)}]")
@@ -109,6 +119,7 @@ def test_05_gradients_stop_where_something_is_clamped(tmp_path, store):
     assert times["always"] < times["never"]
 
 
+@pytest.mark.slow
 def test_06_with_other_parameters(tmp_path, store):
     parameters = {"n_seeds": 3, "n_dims": 10, "seed": 11}
     found = execute("06_toy_model", tmp_path, parameters, "[times.values.tolist(), list(times), found['run'].nunique()]")
@@ -117,6 +128,7 @@ def test_06_with_other_parameters(tmp_path, store):
     assert all(not row["nothing clamped"] <= row["c clamped"] for row in rows)  # later, or never
 
 
+@pytest.mark.slow
 def test_07_orders_the_clamped_runs_as_the_paper_does(tmp_path, store):
     times, graft = execute("07_subcircuits", tmp_path, {"seed": 6}, "[times.iloc[0].to_dict(), {s: metrics.phase_change("
                            "r.metrics) for s, r in grafts.items()}]")
@@ -126,6 +138,7 @@ def test_07_orders_the_clamped_runs_as_the_paper_does(tmp_path, store):
     assert graft["6"] < min(graft["7"], graft["8"])
 
 
+@pytest.mark.slow
 def test_04_finds_the_wiring_of_another_seed(tmp_path, store):
     verdicts, n, heads = execute("04_wiring", tmp_path, {"seed": 6}, f"[{VERDICTS}, len(order), sorted(order)]")
     assert n == 8 and heads == list(range(8))
@@ -133,6 +146,7 @@ def test_04_finds_the_wiring_of_another_seed(tmp_path, store):
         assert verdicts[key][0] == "holds", (key, verdicts[key])
 
 
+@pytest.mark.slow
 def test_09_of_another_seed(tmp_path, store):
     times, perfect, labels, verdicts = execute("09_match_and_copy", tmp_path, {"seed": 6}, f"[list(times.items()), "
                                                f"[computed.tolist(), perfect.tolist()], accuracy.shape, {VERDICTS}]")
@@ -142,10 +156,13 @@ def test_09_of_another_seed(tmp_path, store):
     assert verdicts["negative-learns"][0] == verdicts["negative-fails"][0] == "holds"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["03_many_heads", "04_wiring", "07_subcircuits", "08_data_properties", "09_match_and_copy",
                                   "10_seeds"])
 def test_a_run_too_short_for_a_phase_change_says_so(tmp_path, store, name):
-    verdicts = execute(name, tmp_path, {"n_sequences": 800, "n_seeds": 2}, VERDICTS)
+    """And takes another number of heads and of pairs."""
+    parameters = {"n_sequences": 800, "n_seeds": 2, "n_heads": 4, "n_pairs": 3}
+    verdicts = execute(name, tmp_path, parameters, VERDICTS)
     assert {word for word, *_ in verdicts.values()} == {"not tested"}
 
 
@@ -163,6 +180,11 @@ def test_a_run_too_short_for_a_phase_change_says_so(tmp_path, store, name):
     ("08_data_properties", {"n_labels": 2.5}, "n_labels=2.5"),
     ("claims", {"bank": 3}, "bank=3"),
     ("01_task", {"n_labels": "five"}, "n_labels='five'"),
+    *((name, {"n_layers": 3}, "n_layers=3: this chapter takes Layer 1 and Layer 2 apart") for name in
+      ("03_many_heads", "04_wiring", "05_clamping", "07_subcircuits", "08_data_properties", "09_match_and_copy", "10_seeds", "explore")),
+    ("03_many_heads", {"n_heads": 1}, "n_heads=1: this chapter compares heads"),
+    ("02_phase_change", {"n_heads": 7}, "n_heads=7 must divide"), ("02_phase_change", {"positions": "alibi"}, "positions='alibi'"),
+    ("02_phase_change", {"n_pairs": 6}, "n_pairs=6"), ("04_wiring", {"mlp_ratio": -1}, "mlp_ratio=-1"),
 ])
 def test_bad_parameters_fail_with_the_named_error(store, name, parameters, words):
     """In the first cells, which are executed here: nothing has been trained then."""
@@ -178,11 +200,26 @@ def test_bad_parameters_fail_with_the_named_error(store, name, parameters, words
     assert words in str(error.value)
 
 
+@pytest.mark.slow
+def test_the_examples_of_extending_do_what_the_page_says(tmp_path, store):
+    wanted = ("[[experiments.loss_at(r, settings.n_sequences) for r in trained], steered, margin['value'].tolist(), "
+              "sorted(set(with_sets.metrics['eval_set'])), on_signs.weights.d_exemplar, deep['three layers'].run.model.n_layers, "
+              "verdicts[0].word]")
+    alone_and_borrowed, steered, margins, eval_sets, dim, n_layers, word = execute("extending", tmp_path, {"seed": 6}, wanted)
+    assert alone_and_borrowed[1] < alone_and_borrowed[0]  # in training, a borrowed match helps
+    assert dim == 64 and n_layers == 3 and word in ("holds", "differs") and max(margins) > min(margins) + 1
+    assert {"both_new", "pair 1 matches", "pair 2 matches", "train"} < set(eval_sets)
+    toward, away = ([row[name] for row in steered] for name in ("answers 3", "answers 0"))
+    assert toward == sorted(toward) and toward[-1] > 0.5 and away == sorted(away, reverse=True) and away[-1] < 0.05
+
+
+@pytest.mark.slow
 def test_a_bad_parameter_fails_papermill(tmp_path, store):
     with pytest.raises(papermill.PapermillExecutionError, match="profile='fast'"):
         execute("04_wiring", tmp_path, {"profile": "fast"})
 
 
+@pytest.mark.slow
 def test_the_book_builds(built):
     root, log = built
     assert "run-step" in log and "loss" in log  # the progress of training
@@ -197,6 +234,7 @@ def test_the_book_builds(built):
     assert words["not tested"] <= 1 and words["holds"] >= 0.8 * sum(words.values()) and sum(words.values()) == len(CLAIMS)
 
 
+@pytest.mark.slow
 def test_a_failing_cell_fails_the_build(tmp_path, store):
     root = copy_of_the_book(tmp_path)
     (root / "book/02_phase_change.ipynb").unlink()

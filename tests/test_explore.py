@@ -155,7 +155,7 @@ def test_wiring_shows_what_a_head_reads(trained):
     found = torch.tensor(texts(panel.children[-1].value)).view(4, 8)
     assert torch.allclose(found[0], metrics.composition_scores(result.weights, "keys")[order[2]], atol=0.006)
     assert torch.allclose(found[2], metrics.composition_scores(result.weights, "values")[order[2]], atol=0.006)
-    alone = experiments.only(order[2])
+    alone = experiments.only(order[2], 8)
     lists = [[alone], [alone, Ablate((0, 6)), Preserve("values")], [alone, Ablate((0, 6)), Preserve("patterns")]]
     accuracy = metrics.measure(result.weights, batch, lists)["accuracy"]
     assert found[1, 6].item() == pytest.approx((accuracy[0] - accuracy[1]).item(), abs=0.006)
@@ -234,6 +234,8 @@ def executed(quick):
     return notebook
 
 
+@pytest.mark.xdist_group("book")
+@pytest.mark.slow
 def test_the_notebooks_widgets(executed):
     state = executed.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
     words = [s["state"].get("description") for s in state]
@@ -298,6 +300,8 @@ def opened(browser, address, width=1366):
     return page, wrong
 
 
+@pytest.mark.xdist_group("book")
+@pytest.mark.slow
 def test_every_page_loads_without_a_network(browser, site, built):
     pages = sorted(path.name for path in built[0].glob("*.html"))
     assert "explore.html" in pages and "07_subcircuits.html" in pages
@@ -309,6 +313,8 @@ def test_every_page_loads_without_a_network(browser, site, built):
         page.close()
 
 
+@pytest.mark.xdist_group("book")
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1366, 390])
 def test_the_static_scrubber_moves(browser, site, width):
     page, wrong = opened(browser, f"{site}/explore.html", width)
@@ -329,6 +335,8 @@ def test_the_static_scrubber_moves(browser, site, width):
     page.close()
 
 
+@pytest.mark.xdist_group("book")
+@pytest.mark.slow
 def test_the_static_operating_table(browser, site):
     page, _ = opened(browser, f"{site}/explore.html")
     panel = page.locator("section.ih-panel").nth(1)
@@ -375,6 +383,8 @@ def lab(tmp_path_factory, quick):
         server.kill()
 
 
+@pytest.mark.xdist_group("book")
+@pytest.mark.slow
 def test_the_live_panels_in_jupyterlab(browser, lab, quick, executed):
     page, _ = opened(browser, f"{lab}/lab/tree/explore.ipynb")
     page.wait_for_function("window.jupyterapp && window.jupyterapp.commands.hasCommand('notebook:run-all-cells')", timeout=60_000)

@@ -89,6 +89,7 @@ def test_25_training_steps(grouping, record, networks):
         check_25_steps(step.train_step, names, cases, run, record, networks[0])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_25_training_steps_compiled(record, networks):
     """The same, compiled: all the clamps in one program."""

@@ -24,6 +24,7 @@ def analysis(reference):
     return reference["weights"], task.every_training_sequence(splits), reference["measured"]
 
 
+@pytest.mark.slow
 def test_final_network_gives_the_authors_numbers(analysis):
     weights, batch, expected = analysis
     assert len(batch) == expected["n_sequences"] == 78_400
@@ -68,6 +69,7 @@ RUNS = {  # clamps, and sequences enough to get past the phase change
 DATA_SEEDS = range(5)  # one order of the data moves the time by a percent or two, as much as lies between two of the runs
 
 
+@pytest.mark.slow
 def test_training_follows_the_authors_curves(reference):
     """The time of the phase change: within 10 % for each run and data order, and the medians in the authors' order."""
     curves = pd.read_csv(shared("reference/curves.csv"))

@@ -150,6 +150,7 @@ def start(store, tmp_path, lengths):
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, str(store.root)], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_run_once(store, tmp_path, small_bank):
     processes = [start(store, tmp_path, lengths) for lengths in ([16_000, 32_000], [32_000])]
     steps = [int(p.communicate(timeout=300)[0]) for p in processes]
@@ -158,6 +159,7 @@ def test_two_processes_train_a_run_once(store, tmp_path, small_bank):
     assert len(list(store.entries())) == 2
 
 
+@pytest.mark.slow
 def test_killed_at_several_moments_and_resumed_bit_for_bit(store, tmp_path, small_bank):
     """SIGKILL: it may fall in a step, a save, an evaluation, or the storing of results."""
     lengths = [32_000, 16_000]

@@ -23,7 +23,6 @@ from ihbook.clamps import Copy
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.engine import cluster as spread
 from ihbook.engine import folders
-from ihbook.engine.compiled import PLAIN_BLOCK
 from ihbook.engine.prepared import prepare
 
 CELLS = ["x = 1\nseed = 0\nprofile = None\nwait = None", """\
@@ -86,6 +85,16 @@ def wait_for(address, n):
     raise AssertionError("the cluster did not start")
 
 
+def training():
+    """How many threads of a worker train; called there."""
+    n = 0
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            n += frame.f_code.co_name == "train_family"
+            frame = frame.f_back
+    return n
+
+
 GRID = {"x": [1, 4], "seed": [0, 1]}
 
 
@@ -99,6 +108,7 @@ def rows(table):
     return list(chosen[["x", "seed", "nth", "value", "verdict"]].itertuples(index=False, name=None))
 
 
+@pytest.mark.slow
 def test_a_sweep_gathers_every_number(notebook, tmp_path):
     done = sweep.sweep(notebook, GRID, tmp_path / "out", progress=False)
     assert rows(done.table) == expected() and not done.failed
@@ -114,6 +124,7 @@ def test_a_sweep_gathers_every_number(notebook, tmp_path):
     assert len(list(tmp_path.rglob("out.ipynb"))) == 6
 
 
+@pytest.mark.slow
 def test_a_failing_point_does_not_stop_the_others(notebook, tmp_path, capsys):
     out = tmp_path / "out"
     code = main(["sweep", str(notebook), "-p", "x", "1", "-1", "2", "--out", str(out)])
@@ -125,12 +136,14 @@ def test_a_failing_point_does_not_stop_the_others(notebook, tmp_path, capsys):
     assert main(["sweep", str(notebook), "-p", "x", "1", "2", "--out", str(out)]) == 0  # both are finished
 
 
+@pytest.mark.slow
 def test_a_sweep_of_nothing_but_failures(notebook, tmp_path):
     done = sweep.sweep(notebook, {"x": [-1]}, tmp_path / "out", progress=False)
     assert len(done.failed) == 1 and done.table.empty and "value" in pd.read_parquet(tmp_path / "out/numbers.parquet")
     assert "0 of 1 points" in done.page.read_text()
 
 
+@pytest.mark.slow
 def test_values_of_several_kinds_and_places_that_are_relative(notebook, tmp_path, monkeypatch):
     """None beside numbers and strings; a folder from where the command was given; two colours."""
     monkeypatch.chdir(tmp_path)
@@ -141,6 +154,7 @@ def test_values_of_several_kinds_and_places_that_are_relative(notebook, tmp_path
     assert sorted(set(done.table["wait"])) == ["", "0", "None"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_is_finished(notebook, tmp_path, monkeypatch):
     def two(source, waiting, executor):
         yield waiting[0], sweep.execute(source, waiting[0].parameters)
@@ -160,6 +174,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_runs(notebook, 
         sweep.sweep(notebook, GRID, tmp_path / "file", progress=False)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_table(notebook, tmp_path):
     here = sweep.sweep(notebook, GRID, tmp_path / "here", progress=False)
     with sweep.places(processes=2) as pool:
@@ -167,6 +182,8 @@ def test_processes_give_the_same_table(notebook, tmp_path):
     pd.testing.assert_frame_equal(here.table, there.table)
 
 
+@pytest.mark.xdist_group("cluster")
+@pytest.mark.slow
 def test_a_sweep_on_a_cluster_and_a_worker_killed_in_the_middle(notebook, tmp_path, cluster):
     address, workers, start = cluster
     with sweep.places(scheduler=address) as executor:
@@ -199,6 +216,8 @@ RUN = RunConfig(bank=BankConfig("gaussian", n_classes=30, dim=16), task=TaskConf
                 checkpoint_every=800)
 
 
+@pytest.mark.xdist_group("cluster")
+@pytest.mark.slow
 def test_runs_on_a_cluster_are_those_trained_here(tmp_path, cluster):
     address, _, _ = cluster
     runs = [*seeds(RUN, 3), replace(RUN, clamps=(Copy((1, 0)),))]
@@ -215,6 +234,8 @@ def test_runs_on_a_cluster_are_those_trained_here(tmp_path, cluster):
     assert all(a.weights == b.weights for a, b in zip(again, there, strict=True))
 
 
+@pytest.mark.xdist_group("cluster")
+@pytest.mark.slow
 def test_train_with_a_client_needs_no_store(tmp_path, cluster):
     runs = [*seeds(RUN, 2), replace(RUN, clamps=(Copy((1, 0)),))]
     with spread.connect(cluster[0]) as client:
@@ -227,19 +248,11 @@ def test_train_with_a_client_needs_no_store(tmp_path, cluster):
         assert a.run == b.run and sorted(a.checkpoints) == [0, 800, 1600] and a.checkpoints[1600] == a.weights
 
 
+@pytest.mark.xdist_group("cluster")
+@pytest.mark.slow
 def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
     """A family of hours: its worker is free again within seconds of the end of the call that asked for it."""
-    runs = [replace(RUN, n_sequences=10**9, lr=1e-3), RUN]  # of two programs, a worker each
-
-    def training():
-        """How many threads of a worker train."""
-        n = 0
-        for frame in sys._current_frames().values():
-            while frame is not None:
-                n += frame.f_code.co_name == "train_family"
-                frame = frame.f_back
-        return n
-
+    runs = [replace(RUN, n_sequences=10**9, lr=1e-3), RUN]  # of two families, a worker each
     with spread.connect(cluster[0]) as client:
         asked = spread.train_on_workers(client, prepare(runs), progress=False)
         assert next(asked)[0] == 1 and sum(client.run(training).values()) == 1
@@ -250,6 +263,8 @@ def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
             time.sleep(0.5)
 
 
+@pytest.mark.xdist_group("cluster")
+@pytest.mark.slow
 def test_a_bank_of_ones_own_travels_to_the_workers(tmp_path, cluster, small_bank):
     runs = seeds(replace(RUN, bank=BankConfig()), 2)  # the config says glyphs: what is given serves in their place
     with spread.connect(cluster[0]) as client:
@@ -259,12 +274,16 @@ def test_a_bank_of_ones_own_travels_to_the_workers(tmp_path, cluster, small_bank
         pd.testing.assert_frame_equal(a.metrics, b.metrics, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.xdist_group("cluster")
+@pytest.mark.slow
 def test_a_worker_killed_while_it_trains(tmp_path, cluster):
     address, workers, start = cluster
     runs = seeds(replace(RUN, n_sequences=200_000), 6)
     with spread.connect(address) as client, ThreadPoolExecutor(1) as thread:
         job = thread.submit(Store(tmp_path).fetch, runs, client=client, progress=False)
-        time.sleep(3)
+        deadline = time.monotonic() + 60
+        while len([n for n in client.run(training).values() if n]) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)  # until both train
         assert not job.done()
         workers[1].send_signal(signal.SIGKILL)
         results = job.result(timeout=240)
@@ -298,12 +317,13 @@ def test_what_a_worker_sends_is_verified(tmp_path):
 def test_workers_are_sent_what_they_are_made_for():
     small, large, gpu = spread.Worker("a", 1, False), spread.Worker("b", 3, False), spread.Worker("c", 4, True)
     take = spread.shares([list(range(700)), [700, 701, 702], []])
-    assert take(small) == list(range(8)) and take(large) == list(range(8, 16)) and PLAIN_BLOCK == 8
+    assert take(small) == list(range(8)) and take(large) == list(range(8, 16))
     assert take(gpu) == list(range(16, 528)) and take(gpu) == list(range(528, 700))  # a family is of one group
     assert [take(small), take(small)] == [[700, 701, 702], []]
     assert [worker.jobs for worker in (small, large, gpu)] == [1, 3, 1]
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_not_there_is_a_clear_error(notebook, tmp_path, capsys):
     started = time.monotonic()
     with pytest.raises(SystemExit) as stopped:

@@ -1,0 +1,82 @@
+"""`python -m ihbook store …` looks after the store of finished runs; `python -m ihbook sweep …` runs a chapter over a grid."""
+
+import argparse
+import sys
+import time
+
+from ihbook.engine.store import Store
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ihbook", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    store = commands.add_parser("store", help="look after the store of finished runs")
+    store.add_argument("action", choices=["list", "verify", "prune"])
+    store.add_argument("--root", help="the store's folder (default: IHBOOK_STORE, or the platform's place for user data)")
+    store.add_argument("--days", type=float, help="prune: also remove runs not written in so many days")
+    store.add_argument("--all", action="store_true", help="prune: remove every run")
+    swept = commands.add_parser("sweep", help="run a chapter at every point of a grid of parameters, and gather its numbers")
+    swept.add_argument("notebook", help="such as book/08_data_properties.ipynb")
+    swept.add_argument("-p", "--parameter", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"),
+                       help="a parameter and its values; 0:8 stands for 0 1 … 7")
+    swept.add_argument("--out", required=True, help="the folder for notebooks, numbers.parquet and index.html")
+    where = swept.add_mutually_exclusive_group()
+    where.add_argument("--processes", type=int, help="run so many points at a time, each in a process of its own")
+    where.add_argument("--scheduler", metavar="ADDRESS", help="run them on the Dask cluster of this scheduler, such as tcp://…:8786")
+    options = parser.parse_args(arguments)
+    return _store(options) if options.command == "store" else _sweep(parser, options)
+
+
+def _sweep(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    try:
+        from ihbook.chapters import sweep  # what it imports is slow, and the store does not need it
+
+        grid = sweep.grid(options.parameter)
+        with sweep.places(options.processes, options.scheduler) as executor:
+            done = sweep.sweep(options.notebook, grid, options.out, executor=executor)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(2, f"{error}\n")
+    for point, why in done.failed.items():
+        print(f"failed: {point}: {why.strip().splitlines()[-1]}\n  {point.folder / 'out.ipynb'}")
+    print(f"{len(done.table)} numbers, {len(done.failed)} points failed: {done.page}")
+    return 1 if done.failed else 0
+
+
+def _store(options: argparse.Namespace) -> int:
+    where = Store(options.root)
+    print(where.root)
+    if options.action == "list":
+        return _list(where)
+    if options.action == "verify":
+        wrong = where.verify()
+        for folder, why in wrong.items():
+            print(f"damaged: {folder.name}: {why}")
+        print(f"{sum(1 for _ in where.entries()) - len(wrong)} runs are whole, {len(wrong)} damaged")
+        return bool(wrong)
+    try:
+        gone = where.prune(days=options.days, everything=options.all)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for folder in gone:
+        print(f"removed {folder.name}")
+    return 0
+
+
+def _list(where: Store) -> int:
+    total = 0
+    for entry in where.entries():
+        run = entry.config.get("run", {})
+        clamps = " + ".join(clamp.get("type", "?") for clamp in run.get("clamps", [])) or "no clamp"
+        task, bank = run.get("task", {}), run.get("bank", {})
+        print(f"{entry.folder.name:36} {time.strftime('%Y-%m-%d %H:%M', time.localtime(entry.written))} "
+              f"{entry.size / 1e6:8.1f} MB  {bank.get('name', 'damaged')}, C={task.get('n_classes')}, L={task.get('n_labels')}, "
+              f"seed {run.get('init_seed')}, {clamps}")
+        total += entry.size
+    print(f"{total / 1e6:.1f} MB in all")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Exemplar banks: characters as features, from drawn glyphs, Omniglot, the authors' file, plain vectors, or an array of one's
+own."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ihbook.banks.authors import load_authors
+from ihbook.banks.embeddings import random_features
+from ihbook.banks.glyphs import SIDE, draw_glyphs
+from ihbook.banks.omniglot import load_omniglot
+from ihbook.checks import one_of
+from ihbook.config import EMBEDDINGS, BankConfig
+from ihbook.task import Bank
+
+REFERENCE = 512  # glyphs that set the standardisation, however many are asked for
+
+
+def load_bank(config: BankConfig) -> Bank:
+    """The bank that `config` names, drawn, read from `config.path`, or downloaded once into the cache.
+
+    Banks that are read keep at most `n_classes` of their classes, and may have fewer. `onehot` has dim = n_classes. The last
+    two that were drawn are kept in memory: their tensors are not to be written to.
+    """
+    return (_load if config.name in ("omniglot", "authors") else _drawn)(config)
+
+
+def _load(config: BankConfig) -> Bank:
+    loaders = {
+        "glyphs": (_glyphs, ("auto", "random")),
+        "omniglot": (load_omniglot, EMBEDDINGS),
+        "authors": (load_authors, ("auto",)),
+        "gaussian": (_gaussian, ("auto",)),
+        "onehot": (_onehot, ("auto",)),
+    }
+    load, embeddings = loaders[config.name]
+    one_of(f"the bank {config.name!r}: embedding", config.embedding, embeddings)
+    if config.path is not None and config.name not in ("omniglot", "authors"):
+        raise ValueError(f"path={config.path!r} but the bank {config.name!r} is generated; drop path or choose another")
+    features, images, metadata = load(config)
+    return _checked(features, images, {"name": config.name, **metadata}, "get a fresh copy of its source")
+
+
+_drawn = lru_cache(maxsize=2)(_load)
+
+
+def from_array(features: np.ndarray | torch.Tensor, images: np.ndarray | torch.Tensor | None = None, *, name: str = "own",
+               source: str = "an array") -> Bank:
+    """A bank of one's own from features `[class, exemplar, dim]`, and images uint8 `[class, exemplar, 28, 28]` (ink 255 on 0) if
+    there are any: `fetch(runs, bank=from_array(x))`. Its contents name its runs in the store.
+
+    Raises ValueError where the shapes do not fit, a feature is not finite, or all exemplars are the same.
+    """
+    features = torch.as_tensor(features).detach().float().contiguous().cpu()
+    if features.ndim != 3 or 0 in features.shape:
+        raise ValueError(f"features are {list(features.shape)}; they must be [class, exemplar, dim], and not empty")
+    if images is not None:
+        images = torch.as_tensor(images)
+        if images.dtype != torch.uint8 or images.shape != (*features.shape[:2], SIDE, SIDE):
+            raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 "
+                             f"{[*features.shape[:2], SIDE, SIDE]}")
+    return _checked(features, images, {"name": name, "embedding": "as given", "source": source}, "mend the array")
+
+
+def _checked(features: torch.Tensor, images: torch.Tensor | None, metadata: dict, remedy: str) -> Bank:
+    """A bank whose features can be learnt from; ValueError says what is wrong with others."""
+    bank = f"the bank {metadata['name']!r} ({metadata['source']})"
+    if not features.isfinite().all():
+        wrong = (~features.isfinite()).nonzero()
+        raise ValueError(f"{bank} has {len(wrong)} NaN or infinite features, the first at {wrong[0].tolist()}; {remedy}")
+    if len(features) > 1 and (features == features[:1, :1]).all():
+        raise ValueError(f"{bank} has zero variance: every exemplar is the same; {remedy}")
+    return Bank(features, images, metadata)
+
+
+def _glyphs(config: BankConfig):
+    images = draw_glyphs(config.n_classes, config.n_exemplars, config.seed)
+    features, how = random_features(images, config.dim, reference=draw_glyphs(REFERENCE, 1, config.seed))
+    return features, images, {"embedding": how, "source": f"drawn with seed {config.seed}"}
+
+
+def _gaussian(config: BankConfig):
+    """N(0, I) marginally; two exemplars of a class have a cosine of about 0.94."""
+    shape = config.n_classes, config.dim
+    centres = np.random.default_rng([config.seed, 0]).standard_normal(shape)
+    noise = [np.random.default_rng([config.seed, 1 + e]).standard_normal(shape) for e in range(config.n_exemplars)]
+    features = (centres[:, None] + 0.25 * np.stack(noise, 1)) / np.sqrt(1 + 0.25**2)
+    source = f"centres N(0, I), exemplars with noise of 0.25, seed {config.seed}"
+    return torch.from_numpy(features).float(), None, {"embedding": "none", "source": source}
+
+
+def _onehot(config: BankConfig):
+    features = torch.eye(config.n_classes)[:, None].repeat(1, config.n_exemplars, 1)
+    return features, None, {"embedding": "none", "source": "one-hot classes, all exemplars identical"}

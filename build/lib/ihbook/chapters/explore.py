@@ -1,0 +1,410 @@
+"""A trained network in the reader's hands: panels to scrub through its training, operate on it, see its wiring, train it anew.
+
+Each function gives a widget that shows itself: live where there is a kernel, else as a page (`panels`).
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import math
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import ipywidgets
+import torch
+from torch import Tensor
+
+from ihbook import metrics, task, toy
+from ihbook.banks import load_bank
+from ihbook.chapters import experiments, pictures
+from ihbook.chapters.experiments import Settings
+from ihbook.chapters.panels import (
+    STYLE,
+    Axes,
+    Control,
+    Panel,
+    Part,
+    bar_values,
+    bars,
+    chart,
+    page,
+    pattern_values,
+    patterns,
+    picture,
+    short,
+)
+from ihbook.clamps import Ablate, Clamp, Copy, Induction, PerfectLayer1, Preserve, PreviousToken, run_with_clamps
+from ihbook.config import RunConfig
+from ihbook.engine.family import train_family
+from ihbook.engine.prepared import prepare
+from ihbook.engine.results import Result
+from ihbook.task import Batch
+
+MOST_HEADS = 8  # the page without a kernel holds every set of heads
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One sequence to look at: which evaluation set it is of, the batch that holds it alone, and its characters if there are
+    any."""
+
+    name: str
+    batch: Batch
+    images: tuple[Tensor, ...] | None
+
+    def drawing(self) -> str:
+        """Its tokens and its right answer, as HTML."""
+        labels = self.batch.labels[0, 0].tolist()
+        ids = self.batch.ids[0, 0].tolist()
+        cells = []
+        for i, label in enumerate(labels):
+            last = i == len(labels) - 1
+            what = "query" if last else f"exemplar {i + 1}"
+            drawn = (f'<img alt="{what}" src="{picture(self.images[i])}">' if self.images
+                     else f'<div class="ih-label">x{ids[i]}</div>')
+            cells.append(f"<figure>{drawn}<figcaption>{what}</figcaption></figure>")
+            role = "right answer" if last else "label"
+            cells.append(f'<figure><div class="ih-label">{label}</div><figcaption>{role}</figcaption></figure>')
+        return f'<div class="ih-tokens">{"".join(cells)}</div>'
+
+
+def sequences(settings: Settings, n_training: int = 3) -> list[Shown]:
+    """Some training sequences and one that is new in each way, from the evaluation sets."""
+    run = settings.run()
+    bank = load_bank(run.bank)
+    splits = task.split(bank, run.task)
+    batches = task.evaluation_sets(splits, run.eval_seed, 16)
+    found = []
+    for kind in (kind for kind in task.EVAL_SETS if kind.name in batches):
+        for i, one in enumerate(batches[kind.name].split(1)[:n_training if kind.name == "train" else 1]):
+            images = None
+            if bank.images is not None:
+                images = tuple(bank.images.flatten(0, 1)[getattr(splits, kind.ids).flatten()[one.ids[0, 0]]])
+            found.append(Shown(f"{kind.words} ({i + 1})" if kind.name == "train" else kind.words, one, images))
+    return found
+
+
+def _header(shown: Sequence[Shown]) -> Part:
+    return Part("{}", ("sequence",), lambda i: [shown[int(i)].drawing()])
+
+
+def _millions(last: float) -> list[tuple[float, str]]:
+    """Marks along an axis of sequences seen."""
+    step = 10 ** math.floor(math.log10(last))
+    step = step / 5 if last / step < 2 else step / 2 if last / step < 5 else step
+    unit, letter = (1e6, "M") if last >= 5e5 else (1e3, "k")
+    return [(i * step, f"{i * step / unit:g} {letter}" if i else "0") for i in range(int(last / step) + 1)]
+
+
+def _loss_axes(last: float, top: float = 1.8) -> Axes:
+    return Axes((0, last), (0, top), "sequences seen", "training loss (nats)", _millions(last),
+                [(y, short(y)) for y in (0, 0.5, 1.0, 1.5)])
+
+
+def _tokens(shown: Sequence[Shown]) -> list[str]:
+    """What stands at each position, in as few letters as a pattern has room for."""
+    return ["x", "ℓ"] * (shown[0].batch.labels.shape[2] - 1) + ["?"]
+
+
+def _threshold(axes: Axes, run: RunConfig) -> str:
+    n_ways = run.task.n_ways
+    y, right = axes.at(0, metrics.threshold(n_ways))[1], axes.at(axes.x[1], 0)[0]
+    return (f'<line x1="{axes.LEFT}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888" stroke-dasharray="4 3"/>'
+            f'<text x="{right:.1f}" y="{y - 4:.1f}" text-anchor="end">0.4 ln {n_ways}: phase change</text>')
+
+
+def _colours(n_heads: int) -> list[str]:
+    return [pictures.head_colour(h) for h in range(n_heads)]
+
+
+def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
+    """Through training: the loss, each head's strength, what the network answers to a sequence and every attention pattern,
+    at each checkpoint of `result` (Figure 3). Raises ValueError where the run kept no checkpoints."""
+    table = result.heads[result.heads["layer"] == 1].pivot(index="sequences", columns="head", values="strength")
+    seen = sorted(set(result.checkpoints) & set(table.index))
+    if not seen:
+        raise ValueError("the run has no checkpoints to scrub through at which it was evaluated; give it checkpoint_every and "
+                         "heads_every, such as 20,000 sequences both")
+    model, n_labels = result.run.model, result.run.task.n_labels
+    losses = experiments.curve(result)
+    axes = _loss_axes(seen[-1])
+    line = axes.path(losses[["sequences", "value"]].to_numpy())
+    inside = (f'<path d="{line}" fill="none" stroke="#222" stroke-width="1.8"/>{_threshold(axes, result.run)}'
+              '<circle cx="{}" cy="{}" r="6" fill="#d55e00"/><text class="ih-value" x="{}" y="{}" fill="#a44a00">{}</text>')
+    heads = [f"1.{h}" for h in range(model.n_heads)]
+    labels = [f"label {i}" for i in range(n_labels)]
+    weights = cache(lambda at: result.checkpoints[at])
+
+    @cache
+    def acts(at: int, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            found = run_with_clamps(weights(at), shown[i].batch, result.run.clamps)
+        return found["pattern", 0][0, 0], found["pattern", 1][0, 0], found.logits[0, 0].softmax(0)
+
+    def charts(at: str, i: str) -> list[str]:
+        now = seen[int(at)]
+        loss = experiments.loss_at(result, now)
+        x, y = axes.at(now, loss)
+        right = x > axes.WIDTH - 90
+        return [short(x, 1), short(y, 1), short(x + (-50 if right else 10), 1), short(max(y - 10, 36), 1), f"{loss:.3f}",
+                *bar_values(table.loc[now].tolist(), heads, (-1, 1)),
+                *bar_values(acts(now, int(i))[2].tolist(), labels, (0, 1))]
+
+    def attention(at: str, i: str) -> list[str]:
+        first, second, _ = acts(seen[int(at)], int(i))
+        return [*pattern_values(first), *pattern_values(second)]
+
+    change = experiments.phase_change(result)
+    start = min(range(len(seen)), key=lambda i: abs(seen[i] - change)) if change == change else len(seen) - 1
+    row = "".join([chart(axes, "Training loss, and where this checkpoint stands", inside),
+                   bars("induction strength", heads, _colours(model.n_heads), (-1, 1)),
+                   bars("answer: probability of", labels, ["#555"] * n_labels, (0, 1))])
+    every = ("sequences seen", "sequence")
+    return Panel(
+        [Control("sequences seen", tuple(f"{s:,}" for s in seen), "slider", str(start)),
+         Control("sequence", tuple(one.name for one in shown))],
+        [_header(shown), Part(f'<div class="ih-row">{row}</div>', every, charts),
+         Part(patterns(0, model.n_heads, _tokens(shown)) + patterns(1, model.n_heads, _tokens(shown)), every, attention)],
+        label="Scrub through training")
+
+
+FELT = {"everything": (), "the patterns alone": (Preserve("values"),), "the values alone": (Preserve("patterns"),)}
+
+
+def _ablated(layer: int, bits: str) -> list[Clamp]:
+    """The clamp that switches off the heads whose bit is 0."""
+    off = tuple((layer, h) for h, bit in enumerate(bits) if bit == "0")
+    return [Ablate(off)] if off else []
+
+
+def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
+    """Switch heads off and clamp what is left, on the finished network: accuracy and loss over `sample`, and attention (chapter 3).
+
+    Live, every head has its switch. The page without a kernel has those of Layer 2, under some of the clamps. Raises ValueError for
+    a network of more heads than that page can hold every set of.
+    """
+    weights, model = result.weights, result.run.model
+    if model.n_heads > MOST_HEADS:
+        raise ValueError(f"n_heads={model.n_heads}: the page holds every set of heads; choose at most {MOST_HEADS}")
+    best = next(iter(experiments.by_strength(result, sample)))
+    found = experiments.previous_token_heads(result)
+    previous, pt = tuple((0, h) for h in found), (0, found[-1])
+    second = tuple((1, h) for h in range(model.n_heads))
+    kinds = {f"previous token ({pt[0]}.{pt[1]})": PreviousToken(pt), "match (all of Layer 2)": Induction(second),
+             f"copy (1.{best})": Copy((1, best)), "layer 1": PerfectLayer1()}
+    names = ["accuracy", "loss (nats)"]
+    limits = (0, 1.7)
+    few = sample.split(500)[0]  # for the thousands of states that the page holds
+    words = "over {:,} training sequences"
+
+    def numbers(lists: Sequence[Sequence[Clamp]], sample: Batch = sample) -> list[list[str]]:
+        values = metrics.measure(weights, sample, lists)
+        pairs = torch.stack([values["accuracy"], values["loss"]], 1).tolist()
+        return [bar_values(pair, names, limits, 4) for pair in pairs]
+
+    def attention(i: str, clamps: Sequence[Clamp], first: str = "", last: str = "") -> list[str]:
+        with torch.no_grad():
+            acts = run_with_clamps(weights, shown[int(i)].batch, clamps)
+        on = [None if not bits else [bit == "1" for bit in bits] for bits in (first, last)]
+        return [*pattern_values(acts["pattern", 0][0, 0], on[0]), *pattern_values(acts["pattern", 1][0, 0], on[1])]
+
+    def chosen(first: str, last: str, felt: str, clamped: str) -> list[Clamp]:
+        extra = [clamp for clamp, bit in zip(kinds.values(), clamped, strict=True) if bit == "1"]
+        return [*_ablated(0, first), *_ablated(1, last), *(list(FELT.values())[int(felt)]), *extra]
+
+    heads = [tuple(f"{layer}.{h}" for h in range(model.n_heads)) for layer in (0, 1)]
+    result_bars, result_bars_of_few = (bars(words.format(len(batch)), names, ["#0173b2", "#a44a00"], limits) for batch in
+                                       (sample, few))
+    grids = patterns(0, model.n_heads, _tokens(shown)) + patterns(1, model.n_heads, _tokens(shown))
+    names_of = tuple(one.name for one in shown)
+    follows = ("Layer 1", "Layer 2", "what is switched off in Layer 1 is felt by", "clamped")
+    still = {"nothing": (), f"no previous-token heads ({', '.join(f'0.{h}' for h in found)})": (Ablate(previous),),
+             "… felt by the patterns alone": (Ablate(previous), Preserve("values")),
+             "… felt by the values alone": (Ablate(previous), Preserve("patterns")),
+             **{name: (clamp,) for name, clamp in kinds.items()}}
+    every = list(still.values())
+
+    @cache
+    def stored(i: int) -> dict[str, list[str]]:
+        """Under one of the clamps, the numbers of every set of heads of Layer 2."""
+        states = Control("", heads[1], "switches").states
+        found = []
+        for at in range(0, len(states), 64):
+            found += numbers([[*_ablated(1, bits), *every[i]] for bits in states[at:at + 64]], few)
+        return dict(zip(states, found, strict=True))
+
+    without_kernel = page(
+        [Control("Layer 2", heads[1], "switches"), Control("clamped", tuple(still)), Control("sequence", names_of)],
+        [Part(result_bars_of_few, ("clamped", "Layer 2"), lambda i, bits: stored(int(i))[bits]), _header(shown),
+         Part(grids, ("sequence", "clamped"), lambda i, clamped: attention(i, every[int(clamped)]))],
+        label="Operate on the finished network")
+    return Panel(
+        [Control("Layer 1", heads[0], "switches"), Control("Layer 2", heads[1], "switches"),
+         Control("what is switched off in Layer 1 is felt by", tuple(FELT)), Control("clamped", tuple(kinds), "switches", "0000"),
+         Control("sequence", names_of)],
+        [Part(result_bars, follows, lambda *states: numbers([chosen(*states)])[0]), _header(shown),
+         Part(grids, (*follows, "sequence"),
+              lambda first, last, felt, clamped, i: attention(i, chosen(first, last, felt, clamped), first, last))],
+        label="Operate on the finished network", page=without_kernel)
+
+
+def wiring(result: Result, sample: Batch) -> Panel:
+    """Who feeds a head of Layer 2, through its keys and through its values: by the weights, and by the accuracy that the head
+    alone loses when a head of Layer 1 is switched off, felt by its patterns or by its values (Figure 11)."""
+    weights, n = result.weights, result.run.model.n_heads
+    order = list(experiments.by_strength(result, sample))
+    names = [f"0.{i}" for i in range(n)]
+    scores = [metrics.composition_scores(weights, part)[order] for part in ("keys", "values")]
+    lost = []
+    for preserved in ("values", "patterns"):
+        rows = []
+        for j in order:
+            lists = [[experiments.only(j, n)], *([experiments.only(j, n), Ablate((0, i)), Preserve(preserved)] for i in range(n))]
+            accuracy = metrics.measure(weights, sample, lists)["accuracy"]
+            rows.append(accuracy[0] - accuracy[1:])
+        lost.append(torch.stack(rows))
+    grids = [(scores[0], "keys: composition score", (0, 0.5)), (lost[0], "keys: accuracy lost without it", (-0.1, 0.8)),
+             (scores[1], "values: composition score", (0, 0.5)), (lost[1], "values: accuracy lost without it", (-0.1, 0.8))]
+    template = "".join(bars(title, names, _colours(n), limits) for _, title, limits in grids)
+    return Panel(
+        [Control("head of Layer 2, the strongest first", tuple(f"1.{j}" for j in order), "buttons")],
+        [Part(f'<div class="ih-row">{template}</div>', ("head of Layer 2, the strongest first",),
+              lambda j: [value for grid, _, limits in grids for value in bar_values(grid[int(j)].tolist(), names, limits)])],
+        label="Wiring of Layer 1 into Layer 2")
+
+
+def toy_model(seed: int = 1, n_iterations: int = 400) -> Panel:
+    """The toy model under sliders: how much of each vector is given, and the loss (Figures 5a, 9)."""
+    strengths = (0.0, 0.25, 0.5, 0.75, 1.0)
+    given = list(itertools.product(strengths, repeat=len(toy.NAMES)))
+    shares = dict(zip(toy.NAMES, zip(*given, strict=True), strict=True))
+    found = toy.descend((seed,) * len(given), shares, n_iterations=n_iterations)
+    losses = dict(zip(given, found["relative_loss"].to_numpy().reshape(-1, len(given)).T, strict=True))
+    top = max(loss.max() for loss in losses.values())
+    axes = Axes((0, n_iterations), (0, top), "iterations", "loss, as a share of the loss of learning nothing",
+                [(x, f"{x:,}") for x in range(0, n_iterations + 1, n_iterations // 4)],
+                [(y / 2, short(y / 2)) for y in range(int(2 * top) + 1)])
+
+    def drawn(*states: str) -> list[str]:
+        loss = losses[tuple(strengths[int(state)] for state in states)]
+        half = (loss < 0.5).argmax()
+        return [axes.path(list(enumerate(loss))[::4]), f"half at iteration {half:,}" if half else "never half"]
+
+    x, y = axes.at(n_iterations, 1)
+    inside = (f'<path d="{{}}" fill="none" stroke="#0173b2" stroke-width="2"/><text x="{x:.0f}" y="{y + 16:.0f}" text-anchor="end" '
+              'class="ih-title">{}</text>')
+    return Panel([Control(f"share of {name} given", tuple(f"{s:.0%}" for s in strengths), "slider") for name in toy.NAMES],
+                 [Part(chart(axes, "The toy model's loss", inside), tuple(f"share of {name} given" for name in toy.NAMES), drawn)],
+                 label="The toy model")
+
+
+class WhatIf(ipywidgets.VBox):
+    """Choose clamps, and train runs of `settings.run(length)` with and without them; the losses are drawn as they fall.
+
+    Stop keeps the state, and Continue goes on from it. While it trains, the notebook stays free. `runs` are those trained;
+    `results` what came of them, once they are finished.
+    """
+
+    EVERY = 40  # steps whose losses are averaged into one point of a curve
+
+    def __init__(self, settings: Settings, choices: Mapping[str, Sequence[Clamp]], length: float = experiments.PUBLISHED):
+        self.settings, self.choices, self.length = settings, dict(choices), length
+        self.runs: list[RunConfig] = []
+        self.results: list[Result] | None = None
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._stopping, self._thread = threading.Event(), None
+        names = tuple(self.choices)
+        self.chosen = ipywidgets.SelectMultiple(options=names, value=names[:1], rows=len(names), description="clamps",
+                                                layout={"width": "min(100%, 420px)"})
+        self.train, self.stop, self.go_on = (ipywidgets.Button(description=word, disabled=off) for word, off in
+                                             (("Train", False), ("Stop", True), ("Continue", True)))
+        self.train.on_click(lambda _: self._begin())
+        self.stop.on_click(lambda _: self._stopping.set())
+        self.go_on.on_click(lambda _: self._start())
+        self.view, self.said = ipywidgets.HTML(), ipywidgets.HTML()
+        super().__init__([self.chosen, ipywidgets.HBox([self.train, self.stop, self.go_on]), self.said, self.view])
+        self._curves: dict[str, list[tuple[float, float]]] = {}
+        self._draw()
+
+    def _repr_mimebundle_(self, **options: object) -> dict:
+        page = f'{STYLE}<div class="ih-live">{self.said.value}{self.view.value}</div>'
+        return {**super()._repr_mimebundle_(**options), "text/html": page}
+
+    def _begin(self) -> None:
+        """Train what is chosen, from the start."""
+        if not self.chosen.value:
+            self._say("choose one or more rows first")
+            return
+        self.runs = [self.settings.run(self.length, clamps=self.choices[name]) for name in self.chosen.value]
+        try:
+            self._family = prepare(self.runs, device=self.settings.device)
+        except ValueError as error:
+            self._say(str(error))
+            return
+        self._folder = tempfile.TemporaryDirectory()
+        self._curves = {name: [] for name in self.chosen.value}
+        self.results = None
+        self._start()
+
+    def _start(self) -> None:
+        self._stopping.clear()
+        self._buttons(training=True)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        waiting: list[Tensor] = []
+        size, names = self.runs[0].batch_size, list(self._curves)
+        done = 0
+
+        def report(run_steps: int, losses: Tensor | None) -> None:
+            nonlocal done
+            done += run_steps
+            if losses is None:
+                return
+            waiting.append(losses.detach().cpu())
+            if len(waiting) == self.EVERY:
+                for name, loss in zip(names, torch.stack(waiting).mean(0).tolist(), strict=True):
+                    self._curves[name].append((done // len(names) * size, loss))
+                waiting.clear()
+                self._draw()
+
+        try:
+            results = train_family(self._family, Path(self._folder.name), self.settings.device, report=report,
+                                          stopped=self._stopping.is_set)
+        except Exception as error:  # in a thread nobody else would hear of it
+            self._say(f"{type(error).__name__}: {error}")
+            self._buttons(training=False)
+            return
+        if results is not None:
+            self.results = results
+            times = [experiments.phase_change(result) for result in results]
+            self._say("; ".join(f"{name}: phase change at {time:,.0f}" if time == time else f"{name}: no phase change"
+                                for name, time in zip(names, times, strict=True)))
+        else:
+            self._say("stopped; Continue goes on from here")
+        self._buttons(training=False, finished=results is not None)
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the training that goes on is finished or stopped."""
+        if self._thread:
+            self._thread.join(seconds)
+
+    def _buttons(self, *, training: bool, finished: bool = True) -> None:
+        self.train.disabled, self.stop.disabled, self.go_on.disabled = training, not training, training or finished
+
+    def _say(self, words: str) -> None:
+        self.said.value = f'<p role="status">{html.escape(words)}</p>'
+
+    def _draw(self) -> None:
+        axes = _loss_axes(self.settings.length(self.length))
+        colours = pictures.colours(list(self.choices))
+        lines = "".join(f'<path d="{axes.path(points)}" fill="none" stroke="{colours[name]}" stroke-width="1.8"/>'
+                        f'<text x="{axes.LEFT + 8}" y="{axes.HEIGHT - axes.BOTTOM - 8 - 15 * i}" fill="{colours[name]}" '
+                        f'class="ih-title">{html.escape(name)}</text>' for i, (name, points) in enumerate(self._curves.items()))
+        self.view.value = STYLE + chart(axes, "Training losses", _threshold(axes, self.settings.run()) + lines)

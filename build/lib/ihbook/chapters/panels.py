@@ -1,0 +1,272 @@
+"""Drawings with numbers left open, under controls: live widgets where there is a kernel, and a page of its own without one.
+
+A drawing is HTML and SVG with a `{}` for each number, so that what changes is a short list of numbers: fast enough to follow a
+slider, and small enough that a page can hold every state that its controls can ask for.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+
+import ipywidgets
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ihbook.chapters import pictures
+
+Values = list[str]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a reader sets: one of `options`, by a "slider", a "choice" or "buttons"; or any of them, by "switches"."""
+
+    name: str
+    options: tuple[str, ...]
+    kind: str = "choice"
+    start: str = ""  # the state at first; else the first option, or all switches on
+
+    @property
+    def states(self) -> list[str]:
+        """Every state, as a part's values are asked for it: an option's number, or a 0 or 1 for each switch."""
+        if self.kind == "switches":
+            return ["".join(bits) for bits in itertools.product("10", repeat=len(self.options))]
+        return [str(i) for i in range(len(self.options))]
+
+    @property
+    def first(self) -> str:
+        return self.start or ("1" * len(self.options) if self.kind == "switches" else "0")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A drawing, the names of the controls that it follows, and its numbers for their states."""
+
+    template: str
+    follows: tuple[str, ...]
+    values: Callable[..., Values]
+
+    def __call__(self, *states: str) -> str:
+        return self.template.format(*self.values(*states))
+
+
+class Panel(ipywidgets.VBox):
+    """Controls above the parts that follow them. Where nothing runs, as in a built page, it shows `page` instead.
+
+    A ValueError of a part's values, such as of clamps that don't go together, is shown in the part's place.
+    """
+
+    def __init__(self, controls: Sequence[Control], parts: Sequence[Part], *, label: str, page: str | None = None):
+        self._page = page
+        self._controls, self._parts, self._label = tuple(controls), tuple(parts), label
+        fronts = {control.name: _front(control) for control in controls}
+        self._views = [ipywidgets.HTML() for _ in parts]
+        self._states = {control.name: control.first for control in controls}
+        for control in controls:
+            self._listen(control, fronts[control.name])
+        super().__init__([*fronts.values(), *self._views])
+        self.add_class("ih-panel")
+        self.draw(set(self._states))
+
+    def _listen(self, control: Control, front: ipywidgets.Widget) -> None:
+        switches = front.children[1:] if control.kind == "switches" else (front,)
+
+        def changed(_: object) -> None:
+            values = [switch.value for switch in switches]
+            self._states[control.name] = ("".join("1" if on else "0" for on in values) if control.kind == "switches"
+                                          else str(values[0]))
+            self.draw({control.name})
+
+        for switch in switches:
+            switch.observe(changed, "value")
+
+    def draw(self, changed: set[str]) -> None:
+        """Draw the parts that follow any of these controls."""
+        for part, view in zip(self._parts, self._views, strict=True):
+            if changed & set(part.follows) or not view.value:
+                try:
+                    view.value = STYLE + part(*(self._states[name] for name in part.follows))
+                except ValueError as error:
+                    view.value = f'<p class="ih-error" role="alert">{html.escape(str(error))}</p>'
+
+    @cached_property
+    def page(self) -> str:
+        return self._page or page(self._controls, self._parts, label=self._label)
+
+    def _repr_mimebundle_(self, **options: object) -> dict:
+        return {**super()._repr_mimebundle_(**options), "text/html": self.page}
+
+
+def _front(control: Control) -> ipywidgets.Widget:
+    """The widget of a control; the switches' are the children of a box, after its name."""
+    wide = {"description_width": "initial"}
+    options = [(name, i) for i, name in enumerate(control.options)]
+    if control.kind == "switches":
+        switches = [ipywidgets.ToggleButton(bit == "1", description=name, tooltip=f"{control.name}: {name} on or off",
+                                            layout={"width": "auto"})
+                    for name, bit in zip(control.options, control.first, strict=True)]
+        return ipywidgets.Box([ipywidgets.Label(control.name), *switches], layout={"flex_flow": "row wrap"})
+    kind = {"slider": ipywidgets.SelectionSlider, "choice": ipywidgets.Dropdown, "buttons": ipywidgets.ToggleButtons}[control.kind]
+    layout = {"width": "min(100%, 640px)"} if control.kind == "slider" else {"width": "auto"}
+    front = kind(options=options, value=int(control.first), description=control.name, style=wide, layout=layout)
+    if control.kind == "buttons":
+        front.style.button_width = "auto"
+    return front
+
+
+def page(controls: Sequence[Control], parts: Sequence[Part], *, label: str) -> str:
+    """The panel as HTML that needs no kernel and no network: every state's numbers, and a few lines of script (panel.js)."""
+    by_name = {control.name: control for control in controls}
+    data = {"controls": [{"name": c.name, "first": c.first} for c in controls], "parts": []}
+    for part in parts:
+        frames = {"|".join(states): part.values(*states)
+                  for states in itertools.product(*(by_name[name].states for name in part.follows))}
+        data["parts"].append({"template": part.template, "follows": part.follows, "frames": frames})
+    fields = "".join(_field(control) for control in controls)
+    views = "".join(f'<div class="ih-view">{part(*(by_name[name].first for name in part.follows))}</div>' for part in parts)
+    packed = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
+    return (f'{STYLE}<section class="ih-panel" aria-label="{html.escape(label)}"><form class="ih-controls">{fields}</form>{views}'
+            f'<script type="application/json">{packed}</script><script>{SCRIPT}</script></section>')
+
+
+def _field(control: Control) -> str:
+    name = html.escape(control.name)
+    if control.kind == "slider":
+        words = html.escape(json.dumps(control.options, ensure_ascii=False))
+        return (f'<label class="ih-slider">{name} <input type="range" name="{name}" min="0" max="{len(control.options) - 1}" '
+                f'value="{control.first}" data-options="{words}"><output>{html.escape(control.options[int(control.first)])}'
+                '</output></label>')
+    if control.kind == "choice":
+        options = "".join(f'<option value="{i}"{" selected" * (str(i) == control.first)}>{html.escape(option)}</option>'
+                          for i, option in enumerate(control.options))
+        return f'<label>{name} <select name="{name}" autocomplete="off">{options}</select></label>'
+    kind = "radio" if control.kind == "buttons" else "checkbox"
+    boxes = "".join(f'<label><input type="{kind}" name="{name}" value="{i}" autocomplete="off"'
+                    f'{" checked" * (control.first[i] == "1" if kind == "checkbox" else str(i) == control.first)}>'
+                    f'{html.escape(option)}</label>'
+                    for i, option in enumerate(control.options))
+    return f'<fieldset><legend>{name}</legend>{boxes}</fieldset>'
+
+
+# The drawings: each gives a template, and beside it stands what fills it.
+
+def patterns(layer: int, n_heads: int, tokens: Sequence[str]) -> str:
+    """Every head's attention pattern, as far as it is causal: rows attend to columns. Filled by `pattern_values`."""
+    n = len(tokens)
+    figures = []
+    for head in range(n_heads):
+        cells = "".join(f'<rect x="{k}" y="{q}" width=".94" height=".94" opacity="{{}}"/>' for q in range(n) for k in range(q + 1))
+        under = "".join(f'<rect x="{k}" y="{q}" width=".94" height=".94"/>' for q in range(n) for k in range(q + 1))
+        rows = "".join(f'<text x="-.25" y="{i + .68}" text-anchor="end">{token}</text>'
+                       f'<text x="{i + .47}" y="{n + .72}" text-anchor="middle">{token}</text>' for i, token in enumerate(tokens))
+        figures.append(
+            f'<figure style="opacity:{{}}"><figcaption style="color:{pictures.head_colour(head)}">{layer}.{head}</figcaption>'
+            f'<svg viewBox="-1.1 -.1 {n + 1.2} {n + 1.1}" role="img" aria-label="Attention of head {layer}.{head}, rows to '
+            f'columns"><g fill="#eef0f2">{under}</g><g fill="{pictures.head_colour(head)}">{cells}</g>{rows}</svg></figure>')
+    return f'<div class="ih-heads"><h4>Layer {layer + 1}</h4>{"".join(figures)}</div>'
+
+
+def pattern_values(pattern: Tensor, on: Sequence[bool] | None = None) -> Values:
+    """For `patterns`, from `[head, q_pos, k_pos]`; heads that are not `on` are shown pale."""
+    below = torch.ones(pattern.shape[1:], dtype=torch.bool).tril()
+    return [value for head, one in enumerate(pattern)
+            for value in ("1" if on is None or on[head] else ".25", *map(short, one[below].tolist()))]
+
+
+def short(x: float, digits: int = 2) -> str:
+    """A number as few characters: .5, 0, 1."""
+    text = f"{x:.{digits}f}".rstrip("0").rstrip(".") or "0"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else {"-0": "0"}.get(text, text)
+
+
+def bars(title: str, names: Sequence[str], colours: Sequence[str], limits: tuple[float, float]) -> str:
+    """A bar for each of `names`, from 0, with its number. Filled by `bar_values`."""
+    low, high = limits
+    left, width, row = 12 + 7.2 * max(map(len, names)), 190, 19
+    zero = left + width * (0 - low) / (high - low)
+    height = row * len(names) + 26
+    lines = [f'<line x1="{zero:.1f}" x2="{zero:.1f}" y1="20" y2="{height - 4}" stroke="#888"/>']
+    for i, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        y = 22 + row * i
+        lines.append(f'<text x="{left - 6:.0f}" y="{y + 12}" text-anchor="end">{html.escape(name)}</text>'
+                     f'<rect x="{{}}" y="{y}" width="{{}}" height="{row - 5}" fill="{colour}"/>'
+                     f'<text class="ih-value" x="{{}}" y="{y + 12}">{{}}</text>')
+    total = left + width + 52
+    return (f'<svg class="ih-chart" style="max-width:{total:.0f}px" viewBox="0 0 {total:.0f} {height}" role="img" '
+            f'aria-label="{html.escape(title)}"><text x="2" y="12" class="ih-title">{html.escape(title)}</text>'
+            f'{"".join(lines)}</svg>')
+
+
+def bar_values(values: Sequence[float], names: Sequence[str], limits: tuple[float, float], digits: int = 2) -> Values:
+    """For `bars` of the same names and limits."""
+    low, high = limits
+    left, width = 12 + 7.2 * max(map(len, names)), 190
+    zero = left + width * (0 - low) / (high - low)
+    result = []
+    for value in values:
+        x = left + width * (min(max(value, low), high) - low) / (high - low)
+        words = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: not "-0.00"
+        result += [short(min(x, zero), 1), short(abs(x - zero), 1), short(max(x, zero) + 4, 1), words]
+    return result
+
+
+@dataclass(frozen=True)
+class Axes:
+    """A chart's axes: the range of each, its words, and the marks along it as (place, text)."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    x_words: str
+    y_words: str
+    x_marks: Sequence[tuple[float, str]]
+    y_marks: Sequence[tuple[float, str]]
+
+    WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 230, 44, 12, 26, 40
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point stands, in the drawing's units; a value beyond an end stands at it."""
+        (x0, x1), (y0, y1) = self.x, self.y
+        across = (min(max(x, x0), x1) - x0) / (x1 - x0)
+        up = (min(max(y, y0), y1) - y0) / (y1 - y0)
+        return (self.LEFT + across * (self.WIDTH - self.LEFT - self.RIGHT),
+                self.HEIGHT - self.BOTTOM - up * (self.HEIGHT - self.TOP - self.BOTTOM))
+
+    def path(self, points: Sequence[tuple[float, float]]) -> str:
+        """A line through points, as an SVG path."""
+        return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in (self.at(*point) for point in points)) if len(points) else ""
+
+
+def chart(axes: Axes, title: str, inside: str) -> str:
+    """A chart around `inside`, drawn in the places of `axes.at`; its open numbers are left open."""
+    left, bottom = axes.at(axes.x[0], axes.y[0])
+    right, top = axes.at(axes.x[1], axes.y[1])
+    marks = "".join(f'<text x="{axes.at(x, 0)[0]:.1f}" y="{bottom + 15}" text-anchor="middle">{text}</text>'
+                    for x, text in axes.x_marks)
+    marks += "".join(f'<text x="{left - 5}" y="{axes.at(axes.x[0], y)[1] + 4:.1f}" text-anchor="end">{text}</text>'
+                     f'<line x1="{left}" x2="{right}" y1="{axes.at(axes.x[0], y)[1]:.1f}" y2="{axes.at(axes.x[0], y)[1]:.1f}" '
+                     'stroke="#e4e6e8"/>' for y, text in axes.y_marks)
+    return (f'<svg class="ih-chart" style="max-width:{axes.WIDTH}px" viewBox="0 0 {axes.WIDTH} {axes.HEIGHT}" role="img" '
+            f'aria-label="{html.escape(title)}"><text x="2" y="13" class="ih-title">{html.escape(axes.y_words)}</text>{marks}'
+            f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#888"/>'
+            f'<text x="{(left + right) / 2}" y="{axes.HEIGHT - 6}" text-anchor="middle">{html.escape(axes.x_words)}</text>'
+            f'{inside}</svg>')
+
+
+def picture(image: Tensor) -> str:
+    """A character (uint8 `[28, 28]`, ink high) as the source of an `<img>`."""
+    buffer = io.BytesIO()
+    Image.fromarray((255 - image).numpy()).save(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+STYLE = f"<style>{files('ihbook.chapters').joinpath('panel.css').read_text(encoding='utf-8')}</style>"
+SCRIPT = files("ihbook.chapters").joinpath("panel.js").read_text(encoding="utf-8")

@@ -1,0 +1,267 @@
+"""A chapter over a grid of parameters: every point by papermill, wherever there are workers; its numbers in one table."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import html
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import papermill
+from IPython.display import display
+from tqdm import tqdm
+
+from ihbook import engine
+from ihbook.chapters import plots
+from ihbook.chapters.claims import CLAIMS, Verdict
+from ihbook.engine import cluster
+from ihbook.files import writing
+
+NUMBERS = "application/vnd.ihbook.numbers+json"  # the output in which a notebook hands over its numbers
+LAST_CELL = "from ihbook.chapters import sweep\n\nsweep.hand_over(verdicts)"
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One choice of parameters, and the folder of what came of it: `out.ipynb`, and `numbers.json` once it is finished."""
+
+    parameters: dict[str, Any]
+    folder: Path
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.parameters.items())
+
+    def numbers(self) -> list[dict] | None:
+        """What was measured; None where the point is not finished."""
+        try:
+            return json.loads((self.folder / "numbers.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """What came of a sweep. `table` is tidy: the parameters, claim, nth (of the seeds), value, verdict. `failed` are the points
+    without numbers, and why; `page` is the HTML page of small multiples."""
+
+    table: pd.DataFrame
+    failed: dict[Point, str]
+    page: Path
+
+
+def hand_over(verdicts: Sequence[Verdict]) -> None:
+    """Give a chapter's numbers to the sweep that runs it: its last cell, which the sweep puts there."""
+    rows = [{"claim": verdict.key, "nth": i, "value": value if math.isfinite(value) else str(value), "verdict": verdict.word}
+            for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]  # JSON has no NaN
+    display({NUMBERS: rows}, raw=True)
+
+
+def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) -> list[Point]:
+    """Every point of the grid, in order. A chapter's `profile` is this process's (IHBOOK_PROFILE) where the grid has none.
+
+    Raises ValueError for a notebook that is not there or tests no claims, a parameter that it does not have, one without values or
+    with the same value twice, and a value that is not a scalar.
+    """
+    notebook = Path(notebook)
+    if not notebook.is_file():
+        raise ValueError(f"there is no notebook {notebook}; name one, such as book/08_data_properties.ipynb")
+    code = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+    if not any("verdicts = [" in source for source in code):
+        raise ValueError(f"{notebook} makes no list `verdicts` to gather numbers from; choose a chapter that tests claims")
+    known = papermill.inspect_notebook(str(notebook))
+    every: dict[str, list] = {"profile": [None]} if "profile" in known else {}
+    for name, values in grid.items():
+        if name not in known:
+            raise ValueError(f"{notebook} has no parameter {name!r}; it has {', '.join(known)}")
+        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+            raise ValueError(f"{name}={values!r}: give a list of values, [{values!r}]")
+        every[name] = [value.item() if hasattr(value, "item") else value for value in values]
+        if not every[name] or len(set(map(repr, every[name]))) < len(every[name]):
+            raise ValueError(f"{name}={every[name]!r}: give at least one value, and none twice")
+        for value in every[name]:
+            if value is not None and not isinstance(value, (bool, int, float, str)):
+                raise ValueError(f"{name}={value!r}: a parameter is a number, a string, True, False or None")
+    if "profile" in every:  # a worker's environment is not this one's
+        every["profile"] = [value or os.environ.get("IHBOOK_PROFILE") or "paper" for value in every["profile"]]
+    found = []
+    for values in itertools.product(*every.values()):
+        parameters = dict(zip(every, values, strict=True))
+        name = hashlib.sha256(json.dumps([engine.VERSION, code, parameters], sort_keys=True).encode()).hexdigest()[:16]
+        found.append(Point(parameters, Path(out).absolute() / "points" / name))
+    return found
+
+
+def sweep(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path, *, executor: Executor | None = None,
+          progress: bool = True) -> Sweep:
+    """Run a chapter at every point of a grid, such as {"n_labels": [5, 10], "seed": range(8)}, and gather its numbers.
+
+    `out` then holds a folder a point, `numbers.parquet`, and `index.html`. Finished points are kept, and skipped by the next call.
+    A point that fails does not stop the others. `executor` says where they run, any of `concurrent.futures` or a Dask client's
+    (None: here, one after the other); it needs no folder in common with this process. Raises ValueError as `points` does, OSError
+    where `out` can't be written.
+    """
+    every = points(notebook, grid, out)
+    _try_to_write(Path(out))
+    waiting = [point for point in every if point.numbers() is None]
+    failed: dict[Point, str] = {}
+    try:
+        with tqdm(total=len(every), initial=len(every) - len(waiting), desc="points", disable=not progress) as bar:
+            for point, (executed, numbers, error) in _executed(Path(notebook).read_text(encoding="utf-8"), waiting, executor):
+                if executed:
+                    with writing(point.folder / "out.ipynb") as partial:
+                        partial.write_text(executed, encoding="utf-8")
+                if error is None:
+                    with writing(point.folder / "numbers.json") as partial:
+                        partial.write_text(json.dumps(numbers))
+                else:
+                    failed[point] = error
+                bar.update()
+    finally:  # also of what an interrupted sweep has so far
+        done = _gathered(Path(notebook).stem, every, failed, Path(out))
+    return done
+
+
+def _gathered(name: str, every: Sequence[Point], failed: dict[Point, str], out: Path) -> Sweep:
+    """The numbers of all points that are finished, as a table and a page in `out`."""
+    names = list(every[0].parameters)
+    rows = [{**point.parameters, **row} for point in every for row in point.numbers() or ()]
+    table = pd.DataFrame(rows, columns=[*names, "claim", "nth", "value", "verdict"]).astype({"value": float})
+    for column in names:
+        kinds = {type(point.parameters[column]) for point in every}
+        if len(kinds - {int, float}) + bool(kinds & {int, float}) > 1:  # such as None and numbers
+            table[column] = [str(row[column]) for row in rows]
+    varied = [column for column in names if len({repr(point.parameters[column]) for point in every}) > 1]
+    page = out / "index.html"
+    with writing(out / "numbers.parquet") as partial:
+        table.to_parquet(partial)
+    with writing(page) as partial:
+        partial.write_text(_page(name, every, failed, table, varied), encoding="utf-8")
+    return Sweep(table, failed, page)
+
+
+def _try_to_write(out: Path) -> None:
+    """Raise OSError that names `out` where nothing can be written there: before anything is run."""
+    try:
+        (out / "points").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(f"can't write to {out} ({error}); choose another folder for out") from error
+
+
+def grid(parameters: Sequence[Sequence[str]]) -> dict[str, list]:
+    """Lists of a name and values, as on a command line, as a grid: "5" is a number, "0:8" stands for 0 to 7, "None" for None.
+
+    Raises ValueError for a name without values or given twice.
+    """
+    found: dict[str, list] = {}
+    for name, *words in parameters:
+        if not words or name in found:
+            raise ValueError(f"-p {name}: give its values once, such as -p {name} 1 2 3")
+        found[name] = []
+        for word in words:
+            stretch = re.fullmatch(r"(-?\d+):(-?\d+)", word)
+            found[name] += range(int(stretch[1]), int(stretch[2])) if stretch else [_value(word)]
+    return found
+
+
+def _value(word: str) -> Any:
+    """A word of a command line as Python reads it, or as it stands."""
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+@contextmanager
+def places(processes: int | None = None, scheduler: str | None = None) -> Iterator[Executor | None]:
+    """Where points run: here, in so many processes, or on the Dask cluster of a scheduler. Raises ValueError for fewer than one
+    process, OSError where no scheduler answers or it has no workers."""
+    if processes is not None and processes < 1:
+        raise ValueError(f"processes={processes} must be at least 1")
+    if scheduler is not None:
+        with cluster.connect(scheduler) as client:
+            cluster.workers(client)
+            yield client.get_executor(pure=False)
+    elif processes:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            try:
+                yield pool
+            except BaseException:  # such as Ctrl-C: it does not wait for the points that it has begun
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    else:
+        yield None
+
+
+Outcome = tuple[str, list[dict] | None, str | None]  # the notebook as executed, its numbers, what went wrong
+
+
+def _executed(source: str, waiting: Sequence[Point], executor: Executor | None) -> Iterator[tuple[Point, Outcome]]:
+    """Each point with what came of it, as they are finished."""
+    if executor is None:
+        for point in waiting:
+            yield point, execute(source, point.parameters)
+        return
+    jobs = {executor.submit(execute, source, point.parameters): point for point in waiting}
+    try:
+        for job in as_completed(jobs):
+            try:
+                outcome = job.result()
+            except CancelledError as error:
+                raise OSError("the scheduler was lost; finished points are kept, and the same command goes on") from error
+            except Exception as error:  # such as a worker that was killed again and again
+                outcome = "", None, f"{type(error).__name__}: {error}"
+            yield jobs[job], outcome
+    finally:
+        for job in jobs:
+            job.cancel()
+
+
+def execute(source: str, parameters: Mapping[str, Any]) -> Outcome:
+    """Run a notebook, given as JSON text, with these parameters."""
+    notebook = nbformat.reads(source, 4)
+    notebook.cells.append(nbformat.v4.new_code_cell(LAST_CELL))
+    with tempfile.TemporaryDirectory() as folder:
+        given, out = Path(folder) / "in.ipynb", Path(folder) / "out.ipynb"
+        nbformat.write(notebook, given)
+        try:
+            done = papermill.execute_notebook(str(given), str(out), dict(parameters), kernel_name="python3", progress_bar=False)
+        except Exception as error:  # whatever goes wrong with a point is told, and the others go on
+            return out.read_text(encoding="utf-8") if out.exists() else "", None, f"{type(error).__name__}: {error}"
+        numbers = next(output.data[NUMBERS] for output in done.cells[-1].outputs if NUMBERS in output.get("data", {}))
+        return out.read_text(encoding="utf-8"), numbers, None
+
+
+def _page(name: str, every: Sequence[Point], failed: Mapping[Point, str], table: pd.DataFrame, varied: Sequence[str]) -> str:
+    """The sweep as one HTML page: small multiples, then every point with its notebook."""
+    figure = plots.sweep(table, varied, CLAIMS)._repr_html_() if table["value"].notna().any() else ""
+    finished = {point for point in every if point.numbers() is not None}
+    rows = ""
+    for point in every:
+        word = "finished" if point in finished else "failed" if point in failed else "not run yet"
+        link = f'<a href="points/{point.folder.name}/out.ipynb">notebook</a>' if (point.folder / "out.ipynb").exists() else ""
+        rows += (f"<tr><td>{html.escape(str(point))}</td><td>{word}</td><td>{link}</td>"
+                 f"<td>{html.escape(failed.get(point, ''))}</td></tr>")
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(name)}: a sweep</title><style>"
+            "body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; "
+            "margin: 2rem auto; padding: 0 1rem } td { padding: 0.2em 0.8em; vertical-align: top } img { max-width: 100% }</style>"
+            f"<h1>{html.escape(name)}</h1><p>{len(finished)} of {len(every)} points are finished. Every number is in "
+            f"<code>numbers.parquet</code>.</p>{figure}<table>{rows}</table></html>")

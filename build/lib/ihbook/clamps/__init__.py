@@ -1,0 +1,23 @@
+"""Clamps: interventions that hold throughout training, or on a finished network.
+
+`write.py` says what a clamp is; `attention.py` and `content.py` are the catalogue; `compose.py` makes one forward pass of many.
+The rest of the network computes from what a clamp sets, and learns around it. A replaced entry passes no gradient to what it
+replaced; everything else passes its own, and nothing is detached but a donor network, which is frozen. Clamps compose by standing
+in one list. A clamp of one's own is a frozen dataclass with a method `writes(shape)` that returns `Write`s (see Extending).
+"""
+
+from ihbook.clamps.attention import (
+    BlockPreviousToken,
+    HeadTemperature,
+    Induction,
+    LabelAttentionOnly,
+    PreviousToken,
+    SimilarityMatch,
+)
+from ihbook.clamps.compose import run_with_clamps
+from ihbook.clamps.content import Ablate, AblateEmbedding, Copy, Graft, PerfectLayer1, Preserve, Steer
+from ihbook.clamps.write import Clamp, During, Shape, Write
+
+__all__ = ["Ablate", "AblateEmbedding", "BlockPreviousToken", "Clamp", "Copy", "During", "Graft", "HeadTemperature", "Induction",
+           "LabelAttentionOnly", "PerfectLayer1", "Preserve", "PreviousToken", "Shape", "SimilarityMatch", "Steer", "Write",
+           "run_with_clamps"]

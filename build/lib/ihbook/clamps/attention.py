@@ -1,0 +1,173 @@
+"""Clamps of attention: where heads look (§3 of the paper; chapter 5 draws them)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ihbook.clamps.write import BLOCKED, Clamp, Head, OnHeads, Shape, Write, fraction, on_heads
+from ihbook.model import Activations
+
+
+def _previous_token_rows(shape: Shape, labels_only: bool) -> list[int]:
+    return shape.label_positions if labels_only else list(range(1, shape.n_positions))
+
+
+@dataclass(frozen=True)
+class PreviousToken(OnHeads):
+    """The heads' pattern: `strength` on the previous token, 1 − `strength` on itself; position 0 attends to itself.
+
+    `labels_only` sets the rows of label positions alone. Figures 5b, 8, 10.
+    """
+
+    heads: tuple[Head, ...]
+    strength: float = 1.0
+    labels_only: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        fraction(self, "strength", self.strength)
+
+    def writes(self, shape: Shape) -> list[Write]:
+        rows = _previous_token_rows(shape, self.labels_only)
+        pattern = torch.zeros(shape.n_positions, shape.n_positions)
+        for row in rows:
+            pattern[row, row - 1], pattern[row, row] = self.strength, 1 - self.strength
+        if not self.labels_only:
+            rows, pattern[0, 0] = [0, *rows], 1.0
+        entries = torch.zeros(pattern.shape, dtype=torch.bool)
+        entries[rows] = True
+        return on_heads(self, self.heads, shape, "pattern", entries, ((pattern.expand(shape.n_heads, -1, -1), None),))
+
+
+@dataclass(frozen=True)
+class BlockPreviousToken(OnHeads):
+    """The heads' pre-softmax score for the previous token is −1e9, at all positions or at label positions only."""
+
+    heads: tuple[Head, ...]
+    labels_only: bool = False
+
+    def writes(self, shape: Shape) -> list[Write]:
+        rows = torch.tensor(_previous_token_rows(shape, self.labels_only))
+        entries = torch.zeros(shape.n_positions, shape.n_positions, dtype=torch.bool)
+        entries[rows, rows - 1] = True
+        return on_heads(self, self.heads, shape, "attn_scores", entries, ((BLOCKED, None),))
+
+
+def _on_labels(weights: Tensor) -> Tensor:
+    """Weights over pairs `[run, batch, pair]` as a query row: on their label tokens, `[run, batch, 1, 1, k_pos]`."""
+    row = torch.stack([torch.zeros_like(weights), weights], -1).flatten(2)
+    return F.pad(row, (0, 1))[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class _LabelRow:
+    """The query's attention shared equally among the label tokens that are right (or wrong).
+
+    Where no label token is wrong, the wrong ones' share goes to the right ones too, so that a row sums to 1.
+    """
+
+    right: bool
+
+    def __call__(self, acts: Activations) -> Tensor:
+        right = acts.batch.in_context
+        wanted = right if self.right else ~right
+        wanted = torch.where(wanted.any(2, keepdim=True), wanted, ~wanted).to(acts.params["unembed.bias"].dtype)
+        return _on_labels(wanted / wanted.sum(2, keepdim=True))
+
+
+def _query_rows(clamp: Clamp, heads: tuple[Head, ...], shape: Shape, terms) -> list[Write]:
+    entries = torch.zeros(shape.n_positions, shape.n_positions, dtype=torch.bool)
+    entries[-1] = True
+    return on_heads(clamp, heads, shape, "pattern", entries, terms)
+
+
+@dataclass(frozen=True)
+class Induction(OnHeads):
+    """The query's pattern row: `strength` on the right label token, 1 − `strength` on the wrong one, 0 elsewhere.
+
+    With more pairs, the right label tokens share `strength` equally, and the wrong ones 1 − `strength`; where none is
+    wrong, the right ones have it all. Strength 1 clamps the match (step 4). Figures 5b, 6, 10, 15, 16.
+    """
+
+    heads: tuple[Head, ...]
+    strength: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        fraction(self, "strength", self.strength)
+
+    def writes(self, shape: Shape) -> list[Write]:
+        terms = ((self.strength, _LabelRow(True)), (1 - self.strength, _LabelRow(False)))
+        return _query_rows(self, self.heads, shape, terms)
+
+
+@dataclass(frozen=True)
+class _SimilarityRow:
+    """Softmax over context exemplars of cosine(query features, exemplar features) / temperature, on label tokens."""
+
+    temperature: float
+
+    def __call__(self, acts: Activations) -> Tensor:
+        features = F.normalize(acts.batch.exemplars.to(acts.params["unembed.bias"].dtype), dim=-1)
+        cosine = (features[:, :, :-1] * features[:, :, -1:]).sum(-1)
+        if self.temperature == 0:
+            first = cosine.argmax(2, keepdim=True)  # F.one_hot would look into the data, which a compiled program can't
+            return _on_labels((first == torch.arange(cosine.shape[2], device=first.device)).to(cosine.dtype))
+        return _on_labels((cosine / self.temperature).softmax(2))
+
+
+@dataclass(frozen=True)
+class SimilarityMatch(OnHeads):
+    """The query's pattern row matches by the raw features: a softmax over context exemplars of their cosine with the
+    query, over `temperature`, placed on their label tokens. Temperature 0 is the arg-max (the first of equals)."""
+
+    heads: tuple[Head, ...]
+    temperature: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
+            raise ValueError(f"SimilarityMatch: temperature={self.temperature!r} is out of range; it must be 0 (the arg-max) or "
+                             "from 1e-6 up")
+
+    def writes(self, shape: Shape) -> list[Write]:
+        return _query_rows(self, self.heads, shape, ((1.0, _SimilarityRow(self.temperature)),))
+
+
+@dataclass(frozen=True)
+class HeadTemperature(OnHeads):
+    """The heads' pre-softmax scores are divided by `temperature`, at all positions; gradients scale with them.
+
+    Scores that another clamp sets are set after, and not divided.
+    """
+
+    heads: tuple[Head, ...]
+    temperature: float
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"HeadTemperature: temperature={self.temperature!r} must be positive and finite")
+
+    def writes(self, shape: Shape) -> list[Write]:
+        return on_heads(self, self.heads, shape, "attn_scores", True, ((1 / self.temperature, None),), how="scale")
+
+
+@dataclass(frozen=True)
+class LabelAttentionOnly(OnHeads):
+    """Last layer: for these heads the query's scores at exemplar tokens, its own included, are −1e9."""
+
+    heads: tuple[Head, ...]
+
+    def writes(self, shape: Shape) -> list[Write]:
+        for layer, _ in self.heads:
+            if layer != shape.n_layers - 1:
+                raise ValueError(f"{self}: layer {layer} is not the last; this clamp is defined for heads of layer "
+                                 f"{shape.n_layers - 1} alone")
+        entries = torch.zeros(shape.n_positions, shape.n_positions, dtype=torch.bool)
+        entries[-1, ::2] = True
+        return on_heads(self, self.heads, shape, "attn_scores", entries, ((BLOCKED, None),))

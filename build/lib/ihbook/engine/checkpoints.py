@@ -1,0 +1,61 @@
+"""Weights in files, and a run's checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ihbook.config import ModelConfig
+from ihbook.files import writing
+from ihbook.model import Weights
+
+
+def save_weights(weights: Weights, path: str | Path) -> None:
+    """Write a safetensors file, whole or not at all; its metadata holds the architecture. Raises OSError where it can't."""
+    with writing(Path(path)) as partial:
+        save_file(dict(weights.tensors), partial, metadata={"config": json.dumps(asdict(weights.config))})
+
+
+def load_weights(path: str | Path, config: ModelConfig | None = None) -> Weights:
+    """Read a safetensors file. `config` is needed only for files that `save_weights` did not write.
+
+    Raises FileNotFoundError, or ValueError where the file is damaged, says no architecture, or another one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}; train a run first, or check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copies: what is mapped from a file would change, or go, with the file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); delete it and train or copy it again") from error
+    stored = ModelConfig(**json.loads(metadata["config"])) if "config" in metadata else config
+    if stored is None:
+        raise ValueError(f"{path} does not say its architecture; pass config=ModelConfig(...)")
+    if config is not None and config != stored:
+        raise ValueError(f"{path} holds a network of {stored}, not of {config}; leave config out")
+    return Weights(stored, tensors)
+
+
+class Checkpoints(Mapping[int, Weights]):
+    """A run's weights by sequences seen, read from a folder when asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __getitem__(self, sequences: int) -> Weights:
+        if sequences not in set(self):
+            raise KeyError(f"no checkpoint at {sequences} sequences; there are {sorted(self)}")
+        return load_weights(self.folder / f"{sequences}.safetensors")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(sorted(int(p.stem) for p in self.folder.glob("[0-9]*.safetensors")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

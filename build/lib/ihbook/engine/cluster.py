@@ -1,0 +1,201 @@
+"""Runs over the workers of a Dask cluster: each worker is sent families of the size that suits it, and sends its results back
+whole."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import uuid
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from ihbook.config import RunConfig
+from ihbook.engine import folders
+from ihbook.engine.compiled import BLOCK, COMPILE_FROM, PLAIN_BLOCK
+from ihbook.engine.family import train_family
+from ihbook.engine.prepared import Prepared, prepare
+from ihbook.task import Bank
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker of a cluster: how many threads it was started with, and whether it has a GPU."""
+
+    address: str
+    threads: int
+    gpu: bool
+
+    @property
+    def jobs(self) -> int:
+        """How many families it trains at a time."""
+        return 1 if self.gpu else self.threads
+
+    @property
+    def family_size(self) -> int:
+        """The most runs that are sent to it as one family."""
+        return BLOCK["cuda"] if self.gpu else PLAIN_BLOCK
+
+
+def connect(address: str, seconds: float = 5.0) -> Client:
+    """A client of the Dask scheduler at `address`, such as "tcp://10.0.0.1:8786".
+
+    Raises OSError where none answers within `seconds`, ImportError where Dask is not installed.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ImportError("Dask is not installed; pip install distributed") from error
+    try:
+        if not address:
+            raise ValueError("an empty address")
+        return Client(address, timeout=seconds)
+    except (OSError, ValueError) as error:
+        raise OSError(f"no Dask scheduler answers at {address!r} ({error}); start one with `dask scheduler`, workers with "
+                      "`dask worker ADDRESS --nthreads 1`, or correct the address") from error
+
+
+def workers(client: Client, known: Sequence[Worker] = ()) -> list[Worker]:
+    """The workers that a client's cluster has now; those `known` are not asked again. Raises OSError where there are none."""
+    threads, old = client.nthreads(), {worker.address: worker for worker in known}
+    new = [address for address in threads if address not in old]
+    gpus = client.run(torch.cuda.is_available, workers=new) if new else {}
+    found = [old.get(address) or Worker(address, n, gpus[address]) for address, n in sorted(threads.items())
+             if address in old or address in gpus]
+    if not found:
+        where = client.scheduler.address
+        raise OSError(f"the scheduler at {where} has no workers; start some with `dask worker {where} --nthreads 1`")
+    return found
+
+
+def shares(groups: Sequence[Sequence[int]]) -> Callable[[Worker], list[int]]:
+    """A function that says what a worker does next: items of one group, at most `family_size` of them; none when all are given."""
+    waiting = deque(deque(group) for group in groups if group)
+
+    def take(worker: Worker) -> list[int]:
+        if not waiting:
+            return []
+        group = waiting[0]
+        share = [group.popleft() for _ in range(min(worker.family_size, len(group)))]
+        if not group:
+            waiting.popleft()
+        return share
+
+    return take
+
+
+def call_on_workers(client: Client, function: Callable[..., Any], groups: Sequence[Sequence[int]],
+                    arguments: Callable[[list[int]], tuple]) -> Iterator[tuple[list[int], Any]]:
+    """Call `function(*arguments(share), stop)` on workers for shares of the groups; yields each share and what it returned, as they
+    finish. A worker has as many shares at a time as it can train. What a lost worker had, another does. New workers join in.
+
+    Raises OSError where the cluster is lost. When the caller stops, what has not begun is cancelled, and what has is told to end
+    by the `distributed.Event` that is named `stop`.
+    """
+    from distributed import Event, as_completed
+
+    take, among, busy = shares(groups), workers(client), Counter()
+    jobs: dict[Any, tuple[str, list[int]]] = {}
+    done, stop = as_completed(), f"ihbook-{uuid.uuid4()}"
+
+    def fill() -> None:
+        for worker in among:
+            while busy[worker.address] < worker.jobs and (share := take(worker)):
+                job = client.submit(function, *arguments(share), stop, workers=[worker.address], allow_other_workers=True,
+                                    pure=False)
+                jobs[job] = worker.address, share
+                busy[worker.address] += 1
+                done.add(job)
+
+    try:
+        fill()
+        for job in done:
+            address, share = jobs.pop(job)
+            busy[address] -= 1
+            if job.status == "error":  # what the function itself raised
+                job.result()
+            try:
+                result = job.result()
+                among = workers(client, among)
+            except (CancelledError, OSError) as error:
+                raise OSError(f"the cluster was lost ({type(error).__name__}: {error}); what was finished is kept, and the same "
+                              "call goes on") from error
+            fill()
+            yield share, result
+    finally:
+        if jobs:
+            with suppress(OSError, TimeoutError):  # a cluster that is lost can't be told
+                Event(stop, client=client).set()
+            client.cancel(list(jobs))
+
+
+def train_on_workers(client: Client, wanted: Sequence[Prepared], progress: bool = True) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """Train runs on the workers of a client's cluster; yields the place of each and its files (`folders.unpack`), as they come.
+
+    Raises OSError where there are no workers or the cluster is lost, RuntimeError where a worker draws other characters.
+    """
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for i, prepared in sorted(enumerate(wanted), key=lambda item: -item[1].run.n_steps):
+        groups[prepared.family_key, frozenset(prepared.clamp_signatures), prepared.bank.digest].append(i)
+    banks = {prepared.bank.digest: prepared.bank for prepared in wanted if not prepared.drawn_bank}
+    sent_banks = {digest: client.scatter(bank, broadcast=True) for digest, bank in banks.items()}
+
+    def arguments(share: list[int]) -> tuple:
+        digest = wanted[share[0]].bank.digest
+        return [wanted[i].run for i in share], sent_banks.get(digest), digest
+
+    with tqdm(total=len(wanted), desc="runs", disable=not progress, leave=False) as bar:
+        for share, sent in call_on_workers(client, train_on_this_worker, list(groups.values()), arguments):
+            for i, files in zip(share, sent, strict=True):
+                bar.update()
+                yield i, files
+
+
+def train_on_this_worker(runs: Sequence[RunConfig], bank: Bank | None, digest: str,
+                         stop: str | None = None) -> list[dict[str, bytes]]:
+    """Called on a worker: train runs as one family, on one core or the GPU, and return their files; none where it was stopped.
+    `bank` is given where the worker can't draw it, and must have this `digest`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # for good, since families that train in other threads of this worker must find it so
+    family = prepare(runs, bank, device)
+    if family[0].bank.digest != digest:
+        raise RuntimeError("this worker draws other characters than the machine that asks; install the same packages on both")
+    compiled = sum(prepared.run.n_steps for prepared in family) >= COMPILE_FROM[device]
+    with tempfile.TemporaryDirectory() as root:
+        results = train_family(family, Path(root) / "training", device, compiled, stopped=_told(stop))
+        if results is None:
+            return []
+        sent = []
+        for prepared, result in zip(family, results, strict=True):
+            folder = Path(tempfile.mkdtemp(dir=root))
+            folders.write(folder, prepared, result)
+            sent.append(folders.pack(folder))
+        return sent
+
+
+def _told(stop: str | None) -> Callable[[], bool]:
+    """Whether the event of that name is set, asked every two seconds; never where there is none."""
+    if stop is None:
+        return lambda: False
+    from distributed import Event
+
+    event, asked = Event(stop), time.monotonic()
+
+    def told() -> bool:
+        nonlocal asked
+        if time.monotonic() - asked < 2:
+            return False
+        asked = time.monotonic()
+        return event.is_set()
+
+    return told

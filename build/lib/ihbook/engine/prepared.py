@@ -1,0 +1,117 @@
+"""A run with its data and first weights, checked; and what runs must have in common to train together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+
+from ihbook import engine, task
+from ihbook.banks import load_bank
+from ihbook.clamps import Clamp, Shape, compose
+from ihbook.config import BankConfig, RunConfig
+from ihbook.metrics import METRICS
+from ihbook.model import Weights, initial_weights
+from ihbook.task import Bank, Batch, Splits
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise ValueError for a device that is not at hand."""
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r} is not known; choose 'cpu' or 'cuda'") from error
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if str(asked) not in ["cpu", *(["cuda"] if gpus else []), *gpus]:
+        raise ValueError(f"device={device!r} is not at hand on this machine; choose {' or '.join(['cpu', *gpus])}")
+
+
+def prepare(runs: Sequence[RunConfig], bank: Bank | None = None, device: str | torch.device = "cpu") -> list[Prepared]:
+    """Runs with their data and first weights; `bank` serves all in place of their own. Raises ValueError for one that can't be
+    trained, TypeError for one that has no digest."""
+    if not runs:
+        raise ValueError("there are no runs to train; give at least one RunConfig")
+    check_device(device)
+    banks: dict[BankConfig, Bank] = {}
+    for run in runs:
+        if run.bank not in banks:
+            banks[run.bank] = bank or load_bank(run.bank)
+    split, evaluation_sets = cache(task.split), cache(task.evaluation_sets)  # what runs share is stored and computed once
+    return [Prepared.of(run, banks[run.bank], split, evaluation_sets) for run in runs]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run with its data and first weights, checked. `digest` names the run on this bank."""
+
+    run: RunConfig
+    bank: Bank
+    splits: Splits
+    eval_sets: dict[str, Batch]
+    weights: Weights
+    digest: str
+
+    @classmethod
+    def of(cls, run: RunConfig, bank: Bank, split: Callable[..., Splits] = task.split,
+           evaluation_sets: Callable[..., dict[str, Batch]] = task.evaluation_sets) -> Prepared:
+        splits = split(bank, run.task)
+        weights = run.initial or initial_weights(run.model, bank.dim, run.task.n_labels, run.init_seed)
+        if (weights.config, weights.d_exemplar, weights.n_labels) != (run.model, bank.dim, run.task.n_labels):
+            raise ValueError(f"the initial weights are {weights.config} for exemplar dim {weights.d_exemplar} and "
+                             f"n_labels={weights.n_labels}; the run is {run.model}, dim {bank.dim}, n_labels="
+                             f"{run.task.n_labels}; give weights that match, or none")
+        if any(tensor.dtype != torch.float32 for tensor in weights.tensors.values()):
+            raise ValueError("the initial weights are not float32, as runs are; give Weights of tensors made so by .float()")
+        compose.check(run.clamps, _shape(run), weights)
+        if run.model.positions == "learned" and _shape(run).n_positions > run.model.max_positions:
+            raise ValueError(f"n_pairs={run.task.n_pairs} makes {_shape(run).n_positions} positions, but max_positions="
+                             f"{run.model.max_positions}; raise it")
+        names = [*METRICS, "strength", "previous_token", *(metric.name for metric in run.metrics)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"metrics: two metrics have one name among {', '.join(names)}; give each a name of its own")
+        eval_sets = (evaluation_sets(splits, run.eval_seed, run.eval_size, run.eval_sets)
+                     if run.eval_every or run.heads_every else {})
+        return cls(run, bank, splits, eval_sets, weights, f"{run.digest}-{bank.digest[:16]}")
+
+    @property
+    def family_key(self) -> tuple:
+        """What runs must have in common to train as one family."""
+        run = self.run
+        length = run.n_sequences if run.schedule == "cosine" else None
+        return (run.model, run.task.n_pairs, run.task.n_labels, bool(run.task.noise), self.bank.dim, run.batch_size,
+                run.optimiser, run.lr, run.warmup, run.schedule, length, run.eval_size, tuple(self.eval_sets), run.metrics)
+
+    @cached_property
+    def clamp_signatures(self) -> dict[frozenset, tuple[Clamp, ...]]:
+        """The clamps that hold at one time or another, by what a compiled program is made for (`compose.clamp_signature`)."""
+        held = [compose.active(self.run.clamps, at) for at in [0, *compose.edges(self.run.clamps)]]
+        return {compose.clamp_signature(clamps, _shape(self.run)): clamps for clamps in held}
+
+    @property
+    def extra_pass_key(self) -> frozenset:
+        """`clamp_signatures` where clamps need a second forward pass, so that such runs are grouped apart; otherwise empty."""
+        extra = any(getattr(compose.bare(clamp), "extra_pass", False) for clamp in self.run.clamps)
+        return frozenset(self.clamp_signatures) if extra else frozenset()
+
+    @property
+    def compile_key(self) -> tuple:
+        """What runs of one `family_key` must also have in common to use one compiled program, which is made for fixed sizes."""
+        return self.extra_pass_key, self.run.task, self.bank.digest
+
+    @property
+    def drawn_bank(self) -> bool:
+        """Whether another process would draw the same bank from the run, which a bank of the caller's own may not be."""
+        return self.run.bank.name in ("glyphs", "gaussian", "onehot") and self.bank is load_bank(self.run.bank)
+
+
+def _shape(run: RunConfig) -> Shape:
+    return Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
+
+
+def family_digest(family: Sequence[Prepared]) -> str:
+    """Names a family's folder: the same runs on the same banks, trained by the same version."""
+    return hashlib.sha256(json.dumps([engine.VERSION, [prepared.digest for prepared in family]]).encode()).hexdigest()[:24]

@@ -1,0 +1,71 @@
+"""What a reader sees while runs train, and how a call is stopped."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TextIO
+
+from torch import Tensor
+from tqdm import tqdm
+
+Report = Callable[[int, tuple[float, float] | None], None]  # run-steps done since the last report, lowest and highest loss
+
+
+@contextmanager
+def progress_bar(n_runs: int, run_steps: int, progress: bool) -> Iterator[Report]:
+    """A bar that shows how training gets on, and is gone afterwards."""
+    with ExitStack() as stack:
+        screen = stack.enter_context(_screen())
+        bar = stack.enter_context(tqdm(total=run_steps, desc=f"{n_runs} runs", disable=not progress, leave=False, unit="run-step",
+                                       smoothing=0.05, file=screen, mininterval=0.5 if screen.isatty() else 5.0))
+
+        def report(run_steps: int, losses: tuple[float, float] | None) -> None:
+            if losses:
+                low, high = (f"{loss:.3f}" for loss in losses)
+                bar.set_postfix_str(f"loss {low}" + (f" to {high}" if low != high else ""), refresh=False)
+            bar.update(run_steps)
+
+        yield report
+
+
+@contextmanager
+def _screen() -> Iterator[TextIO]:
+    """Where progress is shown: standard error, or what a build of the book names, whose notebooks' own goes unseen."""
+    path = os.environ.get("IHBOOK_PROGRESS")
+    if not path:
+        yield sys.stderr
+        return
+    with open(path, "a") as file:
+        yield file
+
+
+def now_and_then(report: Report) -> Callable[[int, Tensor | None], None]:
+    """`report` for `train_family`: with the lowest and highest loss at every 200th step, since to ask a GPU for them takes time."""
+    calls = itertools.count()
+
+    def told(run_steps: int, losses: Tensor | None) -> None:
+        now = losses is not None and next(calls) % 200 == 0
+        report(run_steps, (losses.min().item(), losses.max().item()) if now else None)
+
+    return told
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """While inside, Ctrl-C and SIGTERM only ask to stop, so that no step is left half done."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,80 @@
+"""Where a family stands: its state, how it is saved, and how it is read again."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ihbook.engine.prepared import Prepared
+from ihbook.engine.step import Moments
+from ihbook.files import writing
+from ihbook.model import Params
+
+
+@dataclass
+class FamilyState:
+    """Where a family stands: everything that a resumed run needs. Run axes are over `alive`, indices into the family."""
+
+    steps_done: int
+    alive: list[int]
+    params: Params
+    moments: Moments
+    metrics: list[Tensor] = field(default_factory=list)  # float64 [row, 5]: run, sequences, eval_set, metric, value
+    heads: list[Tensor] = field(default_factory=list)  # float64 [row, 6]: run, sequences, layer, head, strength, previous_token
+
+
+def save_state(folder: Path, state: FamilyState) -> None:
+    """Write the state, whole or not at all."""
+    tensors = {f"params/{name}": p for name, p in state.params.items() if state.alive}
+    for kind, moments in state.moments.items():
+        tensors |= {f"{kind}/{name}": m for name, m in moments.items() if state.alive}
+    for table in ("metrics", "heads"):
+        if rows := getattr(state, table):
+            tensors[f"tables/{table}"] = torch.cat(rows)
+    tensors = {key: t.contiguous().cpu() for key, t in tensors.items()} or {"none": torch.zeros(1)}
+    with writing(folder / "state.safetensors") as partial:
+        save_file(tensors, partial, metadata={"step": str(state.steps_done), "alive": json.dumps(state.alive)})
+
+
+def load_state(folder: Path, family: Sequence[Prepared], device: str | torch.device) -> FamilyState | None:
+    """The saved state, or None where there is none. A damaged one is reported, and training starts anew."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            steps_done, alive = int(file.metadata()["step"]), json.loads(file.metadata()["alive"])
+            parts: dict[str, Params] = defaultdict(dict)
+            for key in sorted(set(file.keys()) - {"none"}):
+                part, name = key.split("/", 1)
+                # A copy lies where tensors lie: kernels may round otherwise at another alignment.
+                parts[part][name] = file.get_tensor(key).clone().to("cpu" if part == "tables" else device)
+        tables = {name: list(rows.split(_lengths_of_equal(rows[:, 1]))) for name, rows in parts.pop("tables", {}).items()}
+        names = family[0].weights.tensors if alive else ()  # in the order of the architecture, which files do not keep
+        parts = {part: {name: tensors[name] for name in names} for part, tensors in parts.items()}
+        return FamilyState(steps_done, alive, parts.pop("params", {}), parts, **tables)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        warnings.warn(f"the saved state {path} is damaged ({error}); training these runs anew", stacklevel=2)
+        return None
+
+
+def _lengths_of_equal(x: Tensor) -> list[int]:
+    """The lengths of the stretches of equal numbers in `x`."""
+    return torch.unique_consecutive(x, return_counts=True)[1].tolist()
+
+
+def leave(state: FamilyState, leaving: list[int]) -> None:
+    """Take runs out of the family's tensors."""
+    keep = [i for i, r in enumerate(state.alive) if r not in leaving]
+    state.moments = {kind: {name: m[keep] for name, m in moments.items()} for kind, moments in state.moments.items()}
+    state.params = {name: p[keep] for name, p in state.params.items()}
+    state.alive = [state.alive[i] for i in keep]

@@ -1,0 +1,63 @@
+"""One optimiser step of a family of runs, as a pure function: the training loop in thirty lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ihbook import metrics
+from ihbook.clamps.compose import Plan
+from ihbook.config import ModelConfig, RunConfig
+from ihbook.model import Params
+from ihbook.task import Batch
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+Moments = dict[str, Params]  # the optimiser's state, by kind and weight
+
+
+def initial_moments(params: Params, run: RunConfig) -> Moments:
+    """The optimiser's state before the first step; SGD has none."""
+    kinds = ("exp_avg", "exp_avg_sq") if run.optimiser == "adam" else ()
+    return {kind: {name: torch.zeros_like(p) for name, p in params.items()} for kind in kinds}
+
+
+def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig, scalars: Tensor) -> Tensor:
+    """Adam (or SGD, where there are no moments) on every run's own batch, in place. Returns the losses before it, `[run]`, nats.
+
+    `scalars` are the learning rate and Adam's two bias corrections, 1 − β^step, as a tensor, so that a compiled program takes any.
+    """
+    with torch.enable_grad():
+        values = {name: p.detach().requires_grad_() for name, p in params.items()}
+        losses = metrics.cross_entropy(plan(values, batch, config, query_only=True).logits, batch)
+        # Runs share no weight, so the sum's gradient is each run's own. A weight that a clamp leaves unused gets 0.
+        gradients = torch.autograd.grad(losses.sum(), list(values.values()), allow_unused=True, materialize_grads=True)
+    lr, correction, correction_sq = scalars.unbind()
+    for (name, p), g in zip(params.items(), gradients, strict=True):
+        if not moments:
+            p.sub_(lr * g)
+            continue
+        m, v = moments["exp_avg"][name], moments["exp_avg_sq"][name]
+        m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
+        v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
+        p.sub_(lr * (m / correction) / ((v / correction_sq).sqrt() + EPSILON))
+    return losses.detach()
+
+
+def scalars_of(rates: Sequence[float], steps: Sequence[int], device: str | torch.device) -> Tensor:
+    """The scalars of optimiser steps, counted from 0, and their learning rates: `[step, 3]`."""
+    rows = [[lr, *(1 - beta ** (i + 1) for beta in BETAS)] for lr, i in zip(rates, steps, strict=True)]
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a family runs: `step` is `train_step`, whose losses hold until it is called again; `evaluate` is `metrics.summed`."""
+
+    step: Callable[..., Tensor]
+    evaluate: Callable[..., dict[str, Tensor]]
+
+
+PLAIN = Program(train_step, metrics.summed)

@@ -1,0 +1,73 @@
+"""The paper's toy model of subcircuits that need each other: a product of three vectors, some of them clamped (Figure 5a)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ihbook.checks import at_least, whole
+
+NAMES = ("a", "b", "c")
+
+
+def loss(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
+    """½ · mean((a*⊗b*⊗c* − a⊗b⊗c)²) of each run, `[run]`, from vectors `[run, dim]`; by inner products, not the tensors."""
+    def inner(v: dict[str, Tensor], w: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(v[name] * w[name]).sum(1) for name in NAMES]).prod(0)
+
+    size = truth["a"].shape[1] ** 3
+    return 0.5 * (inner(truth, truth) - 2 * inner(vectors, truth) + inner(vectors, vectors)) / size
+
+
+def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, float | Sequence[float]] = (), *, n_dims: int = 20,
+          n_iterations: int = 1000, lr: float = 1.0) -> pd.DataFrame:
+    """Gradient descent on `loss` from N(0, I), a run a seed, the vectors in `clamped` being the truth throughout (Figures 5a, 9).
+
+    With strengths, `clamped={"c": 0.5}`, one for all runs or one each, the product has strength · truth + (1 − strength) · what is
+    learnt in a vector's place.
+
+    One row a run and iteration, 0 to `n_iterations`, each before its step: run, iteration, `loss`; `relative_loss`, over the
+    loss of learning nothing (of a product that is 0); the progress measures `misaligned_a`, …, which are 1 − cos² of a vector
+    and its truth, and `loss_given_b_and_c`, the loss with b and c set to the truth, of the sign that serves best (a product
+    leaves its factors' signs open). Raises ValueError where `clamped` names anything but a, b and c, or a number is off.
+    """
+    strength = dict(clamped) if isinstance(clamped, Mapping) else dict.fromkeys(clamped, 1.0)
+    if unknown := sorted(set(strength) - set(NAMES)):
+        raise ValueError(f"clamped={clamped!r} names {unknown[0]!r}; the vectors are a, b and c")
+    for name, value in strength.items():
+        each = torch.as_tensor(value, dtype=torch.float64)
+        if each.shape not in ((), (len(seeds),)) or not ((each >= 0) & (each <= 1)).all():
+            raise ValueError(f"clamped: the strength of {name} is {value!r}; it must be from 0 to 1, one for all runs or one each")
+        strength[name] = each.view(-1, 1)
+    whole("n_dims", n_dims, 1)
+    whole("n_iterations", n_iterations, 1)
+    at_least("lr", lr, 0)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw() -> dict[str, Tensor]:
+        return {name: torch.stack([torch.randn(n_dims, generator=g, dtype=torch.float64) for g in generators]) for name in NAMES}
+
+    truth, vectors = draw(), draw()
+
+    def seen(own: dict[str, Tensor]) -> dict[str, Tensor]:
+        return own | {name: s * truth[name] + (1 - s) * own[name] for name, s in strength.items()}
+
+    nothing = loss({name: torch.zeros_like(v) for name, v in truth.items()}, truth)
+    gradient = torch.func.grad_and_value(lambda own: ((values := loss(seen(own), truth)).sum(), values), has_aux=True)
+    kept: dict[str, list[Tensor]] = defaultdict(list)
+    for _ in range(n_iterations + 1):
+        gradients, (_, value) = gradient(vectors)
+        shown = seen(vectors)
+        given = torch.minimum(*(loss({**truth, "a": sign * shown["a"]}, truth) for sign in (1, -1)))
+        misaligned = {f"misaligned_{name}": 1 - torch.cosine_similarity(shown[name], truth[name]) ** 2 for name in NAMES}
+        columns = {"loss": value.clamp(min=0), "relative_loss": (value / nothing).clamp(min=0), **misaligned,
+                   "loss_given_b_and_c": given}
+        for name, column in columns.items():
+            kept[name].append(column)
+        vectors |= {name: vectors[name] - lr * gradients[name] for name in NAMES}  # a clamped vector's gradient is 0
+    rows = pd.MultiIndex.from_product([range(n_iterations + 1), list(seeds)], names=["iteration", "run"])
+    return pd.DataFrame({name: torch.cat(columns).numpy() for name, columns in kept.items()}, index=rows).reset_index()

@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import torch
 
+from ihbook import BankConfig, ModelConfig, RunConfig, TaskConfig, engine, load_bank, seeds, train
 from ihbook import clamps as c
-from ihbook import family, step, train
-from ihbook.banks import load_bank
-from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
+from ihbook.engine import blocks, compiled
 from ihbook.model import initial_weights
 
 FLOP = 32e6  # of one run-step at the published size: forward and backward of 32 sequences, without attention's own
@@ -42,13 +41,13 @@ def gemm(seconds: float = 2.0) -> float:
 def rate(run: RunConfig, n_runs: int, steps: int = 1000) -> float:
     """Run-steps a second in the long run: a longer call less a shorter one, so that starting and compiling drop out."""
     def seconds(n_steps: int) -> float:
-        runs = train.seeds(replace(run, n_sequences=32 * n_steps), n_runs)
+        runs = seeds(replace(run, n_sequences=32 * n_steps), n_runs)
         with tempfile.TemporaryDirectory() as directory:
             start = time.perf_counter()
-            train.train(runs, directory=directory, compile=True, progress=False)
+            train(runs, directory=directory, compile=True, progress=False)
             return time.perf_counter() - start
 
-    train.SHARE_FROM = 1  # so that even short calls get a process a core
+    blocks.SHARE_FROM = 1  # so that even short calls get a process a core
     seconds(8)  # fills the compiler's cache on disk
     short = min(seconds(8) for _ in range(2))
     return n_runs * (steps - 8) / (seconds(steps) - short)
@@ -71,8 +70,8 @@ def rows():
 def main() -> None:
     wanted = sys.argv[1:]
     load_bank(RUN.bank)
-    print(f"PyTorch {torch.__version__}, {train.n_cores()} cores, blocks of {step.BLOCK['cpu']}, evaluation every "
-          f"{RUN.eval_every} on {RUN.eval_size} sequences a set, version {family.VERSION}\n")
+    print(f"PyTorch {torch.__version__}, {blocks.n_cores()} cores, blocks of {compiled.BLOCK['cpu']}, evaluation every "
+          f"{RUN.eval_every} on {RUN.eval_size} sequences a set, version {engine.VERSION}\n")
     print("| | run-steps/s | share of the bound | of 8 runs |\n|---|---|---|---|")
     reference = None
     for name, run, n_runs, steps in rows():

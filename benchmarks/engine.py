@@ -1,6 +1,6 @@
-"""How fast the engine trains, as run-steps a second and as a share of what this machine's matrix products allow.
+"""How fast the engine trains, in run-steps per second and as a share of what this machine's matrix products allow.
 
-    python benchmarks/engine.py            the table of the README (some twenty minutes)
+    python benchmarks/engine.py            the table of the README (about twenty minutes)
     python benchmarks/engine.py 8 Copy     only the rows whose names contain one of these words
 """
 
@@ -16,7 +16,7 @@ from ihbook import clamps as c
 from ihbook.engine import blocks, compiled
 from ihbook.model import initial_weights
 
-FLOP = 32e6  # of one run-step at the published size: forward and backward of 32 sequences, without attention's own
+FLOP = 32e6  # per run-step at the published size: forward and backward of 32 sequences, without attention's products
 RUN = RunConfig(bank=BankConfig(n_classes=300))
 ONLY_3 = c.Ablate(tuple((1, h) for h in range(8) if h != 3))
 CLAMPS = {
@@ -30,7 +30,7 @@ CLAMPS = {
 
 
 def gemm(seconds: float = 2.0) -> float:
-    """FLOP a second of large products on all cores, kept up for some seconds as training must: the bound of everything below."""
+    """FLOP per second of large matrix products on all cores, sustained for `seconds` as in training: the bound for all rows."""
     a, n, start = torch.randn(1024, 1024), 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         a @ a
@@ -39,7 +39,7 @@ def gemm(seconds: float = 2.0) -> float:
 
 
 def rate(run: RunConfig, n_runs: int, steps: int = 1000) -> float:
-    """Run-steps a second in the long run: a longer call less a shorter one, so that starting and compiling drop out."""
+    """Sustained run-steps per second: the time of a long call minus that of a short one, without starting and compiling."""
     def seconds(n_steps: int) -> float:
         runs = seeds(replace(run, n_sequences=32 * n_steps), n_runs)
         with tempfile.TemporaryDirectory() as directory:
@@ -47,14 +47,14 @@ def rate(run: RunConfig, n_runs: int, steps: int = 1000) -> float:
             train(runs, directory=directory, compile=True, progress=False)
             return time.perf_counter() - start
 
-    blocks.SHARE_FROM = 1  # so that even short calls get a process a core
+    blocks.SHARE_FROM = 1  # so that even short calls get one process per core
     seconds(8)  # fills the compiler's cache on disk
     short = min(seconds(8) for _ in range(2))
     return n_runs * (steps - 8) / (seconds(steps) - short)
 
 
 def rows():
-    """Name, run, number of runs, steps."""
+    """Yield the name, run, number of runs and steps of each row."""
     for n in (1, 2, 8, 32):
         yield f"{n} run{'s' * (n > 1)}", RUN, n, 15_000 if n < 8 else 7_500
     yield "8 runs, no evaluation", replace(RUN, eval_every=0), 8, 7500

@@ -1,8 +1,8 @@
 """*What needs to go right for an induction head?* (Singh et al., 2024), to read, rerun, take apart and extend.
 
-A map of the house. Imports run one way: what stands higher here is used by what stands lower, never the reverse.
+This is a map of the package. Imports run one way: a module uses only what is listed above it.
 
-What the paper is about: read it first, from top to bottom.
+These modules hold the science of the paper; read them first, from top to bottom:
 
     config      what a run is: frozen values that decide every number
     task        banks of characters, splits, sequences, evaluation sets
@@ -11,17 +11,17 @@ What the paper is about: read it first, from top to bottom.
     metrics     losses, induction strength, composition scores, the time of the phase change
     toy         the paper's toy model
 
-What runs it:
+These packages run it:
 
-    banks/      glyphs, Omniglot, the authors' file, plain vectors, an array of one's own; downloads
+    banks/      glyphs, Omniglot, the authors' file, plain vectors, a reader's own array; downloads
     engine/     many runs as one program: the step, the loop, processes, a cluster, the store of finished runs
 
-What tells of it:
+This package presents it:
 
     chapters/   what the chapters share: the paper's runs, claims, figures, panels, sweeps
 
-On the ground stand `checks` (clear errors), `digest` (values as names) and `files` (written whole or not at all). The names below
-are those that a notebook needs; everything else is imported from where it stands.
+All of them build on `checks` (clear errors), `digest` (values as names) and `files` (files that are whole or absent). A notebook
+needs the names below; import everything else from its own module.
 """
 
 from ihbook.banks import from_array, load_bank

@@ -1,4 +1,4 @@
-"""`python -m ihbook store …` looks after the store of finished runs; `python -m ihbook sweep …` runs a chapter over a grid."""
+"""`python -m ihbook store …` manages the store of finished runs; `python -m ihbook sweep …` runs a chapter over a grid."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from ihbook.engine.store import Store
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command and return its exit status. Raises SystemExit (status 2) for bad arguments or a sweep that can't run."""
     parser = argparse.ArgumentParser(prog="python -m ihbook", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     store = commands.add_parser("store", help="look after the store of finished runs")
@@ -30,10 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _sweep(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
-        from ihbook.chapters import sweep  # what it imports is slow, and the store does not need it
+        from ihbook.chapters import sweep  # its imports are slow, and the store does not need them
 
         grid = sweep.grid(options.parameter)
-        with sweep.places(options.processes, options.scheduler) as executor:
+        with sweep.executor_for(options.processes, options.scheduler) as executor:
             done = sweep.sweep(options.notebook, grid, options.out, executor=executor)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"{error}\n")

@@ -18,10 +18,10 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class BankConfig:
-    """An exemplar bank: which characters, and how they become features.
+    """An exemplar bank: which characters it has, and how they become features. Raises ValueError for an impossible value.
 
-    `path` is the user's own file or folder (`omniglot`, `authors`); None downloads into the cache.
-    `n_classes`, `dim` and `seed` shape the generated banks; `seed` also shuffles Omniglot's class order.
+    `path` is the user's own file or folder (`omniglot`, `authors`); None downloads into the cache. `n_classes`, `dim` and `seed`
+    shape the generated banks; `seed` also shuffles Omniglot's class order.
     """
 
     name: str = "glyphs"
@@ -42,11 +42,12 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """The in-context classification task (chapter 1).
+    """The in-context classification task (chapter 1). Raises ValueError for an impossible value.
 
-    A sequence has `n_pairs` exemplar-label pairs from `n_pairs / burstiness` different classes, each shown
-    `burstiness` times, and a query of one of them. The labels of a sequence are a set of that many different
-    labels; a fraction `held_out` of all such sets never trains. `label_sets` names the training sets outright.
+    A sequence has `n_pairs` exemplar-label pairs and a query. The pairs show `n_ways` = `n_pairs / burstiness` different classes,
+    each `burstiness` times, with `n_ways` different labels. The query has one of these classes. A fraction `held_out` of all sets
+    of `n_ways` labels, drawn with `label_seed`, never trains; `label_sets` names the training sets outright instead. `zipf` is
+    the exponent of Zipfian class frequencies; `noise` is the standard deviation of Gaussian noise on the features.
     """
 
     n_classes: int = 50
@@ -94,17 +95,15 @@ class TaskConfig:
 
     @property
     def n_ways(self) -> int:
-        """How many different classes (and labels) stand in one sequence."""
+        """The number of different classes, and of different labels, in one sequence."""
         return self.n_pairs // self.burstiness
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The transformer's architecture (chapter 2). The exemplar dim and label count come from the data.
-
-    `mlp_ratio` 0 means attention only; `init_scale` multiplies every initial matrix; `max_positions` is the length
-    of a learned position table.
-    """
+    """The transformer's architecture (chapter 2). The data give the exemplar dim and the number of labels. `mlp_ratio` is the
+    MLP's width divided by `d_model`; 0 means attention only. `init_scale` multiplies every initial matrix but the label and
+    position tables. `max_positions` is a learned position table's length. Raises ValueError for an impossible value."""
 
     n_layers: int = 2
     d_model: int = 64
@@ -148,12 +147,11 @@ class RunConfig:
     """A run: everything that decides its result. All lengths are in sequences seen.
 
     `clamps` hold throughout training and at every evaluation (`ihbook.clamps`). `initial` holds the weights to start from
-    (`ihbook.model.Weights`); None draws them with `init_seed`. Evaluations come at the first step at or past each multiple of
-    `eval_every`, checkpoints likewise; 0 means never. `heads_every` evaluates the `train` set, with each head's strength, more
-    often than that. `warmup` raises the learning rate linearly to `lr`. `metrics` and `eval_sets` are a reader's own, measured
-    beside the book's (`ihbook.metrics.Metric`, `ihbook.task.EvalSet`).
-
-    Raises ValueError that names the field whose value can't be.
+    (`ihbook.model.Weights`); None draws them with `init_seed`. Evaluations come before the first step, at the first step at or
+    past each multiple of `eval_every`, and after the last step; 0 means never. Checkpoints follow `checkpoint_every` in the same
+    way. `heads_every` evaluates the `train` set, with each head's strength, more often than that. `warmup` raises the learning
+    rate linearly to `lr`; the schedule "cosine" then lowers it to 0. `metrics` and `eval_sets` are a reader's own, measured
+    beside the book's (`ihbook.metrics.Metric`, `ihbook.task.EvalSet`). Raises ValueError that names the impossible field.
     """
 
     bank: BankConfig = field(default_factory=BankConfig)
@@ -190,6 +188,9 @@ class RunConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a list; give a list, {name}=[...]") from error
             if classes := [each for each in getattr(self, name) if isinstance(each, type)]:
                 raise ValueError(f"{name} has the class {classes[0].__name__}; give one made of it, {classes[0].__name__}(...)")
+            for each in getattr(self, name):
+                if type(each).__hash__ is None:
+                    raise ValueError(f"{name} has {each!r}, which can change; make {type(each).__name__} a frozen dataclass")
         for name, method in (("metrics", "__call__"), ("eval_sets", "draw")):
             for each in getattr(self, name):
                 if not isinstance(getattr(each, "name", None), str) or not hasattr(each, method):
@@ -207,10 +208,10 @@ class RunConfig:
 
     @property
     def n_steps(self) -> int:
-        """Optimiser steps: enough to see at least `n_sequences`."""
+        """The number of optimiser steps: just enough to see `n_sequences`."""
         return -(-self.n_sequences // self.batch_size)
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits that name this value, the same in every process and on every machine."""
+        """Sixteen hex digits, the same in every process and on every machine. Raises TypeError where `digest.encode` does."""
         return digest(self)[:16]

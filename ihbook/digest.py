@@ -1,4 +1,4 @@
-"""Values as JSON data and as digests: the same value has the same name in every process, on every machine."""
+"""Values as JSON data and as digests: a value has the same name in every process and on every machine."""
 
 from __future__ import annotations
 
@@ -9,35 +9,43 @@ import inspect
 import json
 import reprlib
 import textwrap
+import types
 from typing import Any
+
+WRITTEN_BY_DATACLASS = ("__init__", "__repr__", "__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__", "__setattr__",
+                        "__delattr__", "__replace__")
 
 
 def digest(value: Any) -> str:
-    """The sha256 of `encode(value)`, in hex."""
+    """The sha256 of `encode(value)`, in hex. Raises TypeError where `encode` does."""
     return hashlib.sha256(json.dumps(encode(value), sort_keys=True).encode()).hexdigest()
 
 
 def encode(value: Any, *, defaults: bool = False) -> Any:
-    """`value` as plain JSON data. Dataclasses become {"type": name, field: ...}; weights their digest.
+    """`value` as plain JSON data. A dataclass becomes {"type": name, field: ...}; weights become their digest.
 
-    A field of ihbook's own that stands at its default is left out, unless `defaults` asks for it: so a field can be added and
-    old runs are still found. A default that changes is another `VERSION`. A reader's dataclass has all its fields, and a digest
-    of its code. Raises TypeError for a value that has no such form, since it could not be told from another.
+    A field of ihbook's own classes is left out while it stands at its default, unless `defaults` is true: old runs are then still
+    found after a field is added. If a default changes, `VERSION` must change too. A reader's dataclass keeps all its fields and
+    adds a digest of its code. Raises TypeError for any other value, because two such values could not be told apart.
     """
     if hasattr(value, "content_digest"):
         return {"type": type(value).__name__, "digest": value.content_digest}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        own = not _is_ours(type(value))
-        fields = {f.name: encode(getattr(value, f.name), defaults=defaults) for f in dataclasses.fields(value)
-                  if own or defaults or not _at_default(f, getattr(value, f.name))}
+        own, fields = not _is_ours(type(value)), {}
+        for f in dataclasses.fields(value):
+            if own or defaults or not _at_default(f, getattr(value, f.name)):
+                try:
+                    fields[f.name] = encode(getattr(value, f.name), defaults=defaults)
+                except TypeError as error:
+                    raise TypeError(f"{type(value).__name__}: {f.name}: {error}") from error
         return {"type": type(value).__name__, **fields, **({"code": code_digest(type(value))} if own else {})}
     if isinstance(value, (tuple, list)):
         return [encode(item, defaults=defaults) for item in value]
     if isinstance(value, float) and value.is_integer():
-        return int(value)  # 1.0 and 1 are equal values, and must have one name
+        return int(value)  # 1.0 and 1 are equal, so they must have the same name
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(f"{value!r} can't be part of a run's digest; use numbers, strings, tuples and dataclasses")
+    raise TypeError(f"{reprlib.repr(value)} can't be part of a run's digest; use numbers, strings, tuples and frozen dataclasses")
 
 
 def _is_ours(kind: type) -> bool:
@@ -51,34 +59,64 @@ def _at_default(f: dataclasses.Field, value: Any) -> bool:
 
 
 def code_digest(kind: type) -> str:
-    """A digest of what a reader's class does: the syntax of its methods, which no version of Python writes otherwise.
+    """A digest of what a reader's class does: its methods' syntax, the same under every version of Python, and its attributes.
 
-    Comments, docstrings and layout do not count; what a method calls outside of the class is not seen. The class keeps its digest,
-    so that it is known where its source is not: in another process. Raises TypeError where there is no source to read.
+    Comments, docstrings and layout do not count. Code outside the class that a method calls is not seen. The class keeps its
+    digest, so that a process without the source knows it too. Raises TypeError for a part that can't be told from another: a
+    method without source, or an attribute, default or captured value that `encode` refuses.
     """
-    if "_code_digest" not in vars(kind):
-        found = [(name, _syntax(source)) for base in kind.__mro__ if base is not object and not _is_ours(base)
-                 for name, member in sorted(vars(base).items()) if (source := _source(base, name, member))]
+    try:
+        found = [[name, part] for base in kind.__mro__ if base is not object and not _is_ours(base)
+                 for name, member in sorted(vars(base).items()) if (part := _part(base, name, member)) is not None]
+    except TypeError:
+        if "_code_digest" not in vars(kind):
+            raise
+    else:
         kind._code_digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
     return vars(kind)["_code_digest"]
 
 
-def _source(kind: type, name: str, member: Any) -> ast.AST | None:
-    """The syntax tree of a method or property; None for what is neither, and for what `dataclass` writes, which the fields tell."""
+def _part(kind: type, name: str, member: Any) -> Any:
+    """A member of a class as JSON data. None for what the instances' fields tell, and for declarations that change no result."""
     function = getattr(member, "fget", None) or getattr(member, "__func__", None) or getattr(member, "func", member)
-    if not inspect.isfunction(function) or function.__code__.co_filename in (dataclasses.__file__, reprlib.__file__):
+    if inspect.isfunction(function):
+        return _function(f"{kind.__name__}.{name}", function)
+    fields = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    if name.startswith("__") or name in ("_code_digest", "broadcasts", "extra_pass", *fields):
+        return None
+    return _value(f"{kind.__name__}.{name}", member)
+
+
+def _function(name: str, function: types.FunctionType) -> Any:
+    """A function's syntax, its defaults and the values that it captures. None for one that `dataclass` writes."""
+    if function.__code__.co_filename in (dataclasses.__file__, reprlib.__file__):
         return None
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError) as error:
-        if name.startswith("__"):
+        if name.rpartition(".")[2] in WRITTEN_BY_DATACLASS:
             return None
-        raise TypeError(f"the source of {kind.__name__}.{name} can't be read, so an edit of it would go unseen ({error}); define "
-                        f"{kind.__name__} in a file or in a notebook's cell") from error
+        raise TypeError(f"the source of {name} can't be read, so an edit of it would go unseen ({error}); define the class in a "
+                        "file or in a notebook's cell") from error
+    captured = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *captured]
+    return [_syntax(tree), [_value(name, value) for value in values if not isinstance(value, type)]]
+
+
+def _value(name: str, value: Any) -> Any:
+    """What a class or method holds, as JSON data; a function by its code, or by its name if it is built in."""
+    if inspect.isfunction(value):
+        return _function(name, value)
+    if inspect.isbuiltin(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    try:
+        return encode(value)
+    except TypeError as error:
+        raise TypeError(f"{name} holds a value that can't be part of a digest: a change of it would go unseen ({error})") from error
 
 
 def _syntax(node: Any) -> Any:
-    """A syntax tree as JSON data, without what only some versions of Python put in it."""
+    """A syntax tree as JSON data, without docstrings and without what only some versions of Python put in it."""
     if isinstance(node, list):
         return [_syntax(each) for each in node if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
     if isinstance(node, ast.AST):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to, moved there at the end. Raises OSError with a remedy, and then leaves nothing."""
+    """Yield a temporary name beside `path`, then move that file there. An error leaves nothing; an OSError names the remedy."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +29,6 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file, in hex."""
+    """The sha256 checksum of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,10 +1,11 @@
 """The attention-only transformer: weights, tokens and overrides in, named activations out.
 
-Weights carry a leading run axis, so that one call computes many networks. Inside, the batch is the last axis, because
-then projections are large matrix products and attention's small ones are vectorised over the batch. Everything that a
-caller sees is in the field's order: `token_embed, resid_pre, qk_input, attn_out, resid_post` `[run, batch, pos, d_model]`;
-`q, k, v, z` `[run, batch, pos, head, d_head]`; `attn_scores, pattern` `[run, batch, head, q_pos, k_pos]`; `logits`
-`[run, batch, label]`, at the query. `attn_scores` are pre-softmax, scaled, with the causal mask; `pattern` post-softmax.
+Weights carry a leading run axis, so that one call computes many networks. Inside, the batch is the last axis: projections are
+then large matrix products, and attention's small products are vectorised over the batch. A caller sees the field's order:
+`token_embed, resid_pre, qk_input, attn_out, resid_mid, mlp_out, resid_post` `[run, batch, pos, d_model]`; `q, k, v, z`
+`[run, batch, pos, head, d_head]`, with `q` and `k` after rotation; `attn_scores, pattern` `[run, batch, head, q_pos, k_pos]`;
+`logits` `[run, batch, label]`, at the query. `attn_scores` are pre-softmax, scaled, with the causal mask; `pattern` is
+post-softmax. `qk_input` exists only where a clamp sets it; `resid_mid` and `mlp_out` exist only with an MLP.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -24,11 +25,11 @@ from ihbook.config import ModelConfig
 from ihbook.digest import encode
 from ihbook.task import Batch, seeded
 
-FEW = 256  # exemplars that are embedded once each, rather than wherever they stand
+FEW = 256  # a bank of at most this many exemplars is embedded once, not at every token
 Params = dict[str, Tensor]  # name -> [run, ...]; matrices as [run, out, in]
 Site = tuple[str, int | None]  # an activation's name and its layer (None where it has no layer)
 
-# A caller's order of axes for each kind of activation, from the order inside.
+# For each kind of activation: the permutation from the order of axes inside (in the comments) to the caller's order.
 KINDS = {
     "stream": (0, 3, 2, 1),  # [run, d_model, pos, batch]
     "head": (0, 4, 3, 1, 2),  # [run, head, d_head, pos, batch]
@@ -46,23 +47,26 @@ def to_caller(name: str, x: Tensor) -> Tensor:
 
 
 def to_inside(name: str, x: Tensor) -> Tensor:
-    """The inverse of `to_caller`."""
+    """The inverse of `to_caller`. Raises ValueError unless `x`, such as what a source gave, has the axes of that activation."""
     order = KINDS[KIND[name]]
+    if not isinstance(x, Tensor) or x.ndim != len(order):
+        found = list(x.shape) if isinstance(x, Tensor) else x
+        raise ValueError(f"{name} is to be {found}; it must be a tensor of {len(order)} axes, [run, batch, ...]")
     return x.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
-# A function of the activations so far that gives an activation in the caller's order of axes. None stands for the constant 1.
+# A source maps the activations so far to an activation in the caller's order of axes. In terms, None stands for the constant 1.
 Source = Callable[["Activations"], Tensor]
-Terms = tuple[tuple[Tensor, Source | None], ...]  # coefficients and sources, of which the sum of the products is meant
+Terms = tuple[tuple[Tensor, Source | None], ...]  # (coefficient, source) pairs that stand for Σ coefficient · source
 
 
 @dataclass(frozen=True)
 class Override:
     """What a forward pass reads in place of what it computed, for one activation x.
 
-    First x ← x · scale. Then the entries in `where` ← Σ coefficient · source over `terms`. Then x ← x + Σ coefficient · source over
-    `added`. A source may read x itself, as it was computed. Tensors broadcast to the activation inside. Gradients: a replaced entry
-    passes none to x, unless a source reads it; scale, sources and coefficients pass theirs.
+    First, x is multiplied by `scale`. Then the entries in `where` become Σ coefficient · source over `terms`. Last, the same sum
+    over `added` is added to x. A source may read x itself, as it was computed. Tensors broadcast to the activation in the order
+    inside. Gradients: a replaced entry passes none to x unless a source reads x; scale, sources and coefficients pass theirs.
     """
 
     where: Tensor | None = None
@@ -71,7 +75,7 @@ class Override:
     added: Terms = ()
 
     def apply(self, name: str, x: Tensor, acts: Activations) -> Tensor:
-        axis = {"head": 3, "stream": 2, "attention": 2}.get(KIND[name])  # of the positions that may be left out
+        axis = {"head": 3, "stream": 2, "attention": 2}.get(KIND[name])  # the position axis, which `query_only` shortens
         length = x.shape[axis] if axis else 0
 
         def fit(y: Tensor) -> Tensor:
@@ -95,10 +99,7 @@ Overrides = Mapping[Site, Override]
 
 @dataclass
 class Activations:
-    """The named activations of one forward pass: `acts["pattern", 1]` in the caller's order (see the module).
-
-    Raises KeyError for an activation that is not there, or not yet.
-    """
+    """The named activations of one pass, `acts["pattern", 1]`, in the caller's order. Raises KeyError for one that is absent."""
 
     params: Params
     batch: Batch
@@ -108,17 +109,19 @@ class Activations:
     inside: dict[Site, Tensor] = field(default_factory=dict)
     other_passes: dict[str, Activations] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Activations of {', '.join(f'{name}[{layer}]' for name, layer in self.inside)}"
+
     def __getitem__(self, site: Site) -> Tensor:
-        name, layer = site
         if site not in self.inside:
-            known = ", ".join(sorted({n for n, _ in self.inside}))
-            raise KeyError(f"no activation {name!r} of layer {layer}; names are {known}; layers 0 to "
-                           f"{self.config.n_layers - 1} (None for token_embed and logits)")
-        return to_caller(name, self.inside[site])
+            known = ", ".join(sorted({name for name, _ in self.inside}))
+            raise KeyError(f"no activation {site!r}; give [name, layer]: names are {known}; layers 0 to {self.config.n_layers - 1} "
+                           "(None for token_embed and logits)")
+        return to_caller(site[0], self.inside[site])
 
     @property
     def logits(self) -> Tensor:
-        """`[run, batch, label]`, at the query."""
+        """The logits at the query, `[run, batch, label]`."""
         return self["logits", None]
 
     @property
@@ -130,7 +133,7 @@ class Activations:
 
     @property
     def of_donor(self) -> Activations:
-        """The frozen donor's own pass over the same sequences; no gradients."""
+        """The frozen donor's own pass over the same sequences, without gradients."""
         if "of_donor" not in self.other_passes:
             with torch.no_grad():
                 self.other_passes["of_donor"] = forward(self.donor, self.batch, self.config)
@@ -141,9 +144,10 @@ def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overri
             query_only: bool = False, donor: Params | None = None) -> Activations:
     """Compute every run's network on its own sequences (chapter 2).
 
-    `overrides` maps (name, layer) to what replaces that activation; what follows computes from it. `query_only` leaves
-    out what the logits do not need: the last layer is computed at the query alone, so that its activations (all but
-    `k` and `v`) have one position. `donor` are the frozen weights that an override may read.
+    `overrides` maps (name, layer) to what replaces that activation; the rest of the network computes from it. `query_only`
+    computes only what the logits need: in the last layer, all activations but `resid_pre`, `qk_input`, `k` and `v` have one
+    position, the query's. `donor` holds the frozen weights that an override may read. Raises ValueError for a sequence longer
+    than a learned position table.
     """
     acts = Activations(params, batch, config, query_only, donor)
     overrides = overrides or {}
@@ -187,12 +191,11 @@ def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overri
 
 
 def embed(params: Params, batch: Batch, config: ModelConfig) -> Tensor:
-    """Tokens `[run, d_model, pos, batch]`: exemplars and labels interleaved, and absolute positions where chosen."""
+    """Token embeddings `[run, d_model, pos, batch]`: exemplars and labels interleaved, plus absolute positions where chosen."""
     weight, bias = params["exemplar_embed.weight"], params["exemplar_embed.bias"].unsqueeze(-1)
     n_runs, n_batch, n_exemplars = batch.ids.shape
     if batch.noise is None and batch.bank.shape[1] <= FEW and batch.bank.shape[1] < n_batch * n_exemplars:
-        # Few exemplars, seen often: embed each once, and pick.
-        # A bank that the runs share is one matrix, so that the runs' embeddings are one product.
+        # Embed each exemplar once, then pick. If the runs share a bank, it is one matrix and their embeddings are one product.
         bank = batch.bank[0] if len(batch.bank) == 1 else batch.bank
         exemplars = select(weight @ bank.mT + bias, batch.ids)
     else:
@@ -213,25 +216,25 @@ def embed(params: Params, batch: Batch, config: ModelConfig) -> Tensor:
 
 
 def select(table: Tensor, index: Tensor) -> Tensor:
-    """Columns of `table` `[run, d, n]` at `index` `[run, batch, pos]` -> `[run, d, pos, batch]`."""
+    """Columns of `table` `[run, d, n]` at `index` `[run, batch, pos]`, as `[run, d, pos, batch]`."""
     n_runs, n_batch, n_positions = index.shape
     flat = index.transpose(1, 2).reshape(n_runs, 1, -1)
     if not torch.is_grad_enabled():
         return table.gather(2, flat.expand(-1, table.shape[1], -1)).unflatten(2, (n_positions, n_batch))
-    # A product with a one-hot matrix, whose gradient is a product too, where a gather's would be a slow scatter.
+    # Multiply by a one-hot matrix: its gradient is a product too, while the gradient of a gather is a slow scatter.
     one_hot = (flat == torch.arange(table.shape[2], device=table.device)[:, None]).to(table.dtype)
     return (table @ one_hot).unflatten(2, (n_positions, n_batch))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`weight` `[run, out, in]` on features `[run, in, pos, batch]`."""
+    """`weight` `[run, out, in]` applied to features `[run, in, pos, batch]`, plus `bias`: `[run, out, pos, batch]`."""
     y = weight @ x.flatten(2)
     y = y if bias is None else y + bias.unsqueeze(-1)
     return y.unflatten(2, x.shape[2:])
 
 
 def project_qkv(weight: Tensor, qk: Tensor, h: Tensor, queries: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (at the positions `queries`), keys and values; one product where all are of the same input."""
+    """Queries (at the positions `queries`), keys and values, in as few matrix products as their inputs allow."""
     if qk is h and queries.start == 0:
         return linear(h, weight).chunk(3, 1)
     w_q, w_k, w_v = weight.chunk(3, 1)
@@ -248,7 +251,7 @@ def split_heads(x: Tensor, config: ModelConfig) -> Tensor:
 
 
 def layer_norm(x: Tensor, params: Params, name: str, config: ModelConfig) -> Tensor:
-    """LayerNorm over the features, axis 1 (ε 1e-5); the identity where the architecture has none."""
+    """LayerNorm over the features, axis 1 (ε 1e-5); the identity if the architecture has no LayerNorm."""
     if not config.layer_norm:
         return x
     x = x - x.mean(1, keepdim=True)  # var_mean takes ten times as long along any axis but the last
@@ -258,11 +261,8 @@ def layer_norm(x: Tensor, params: Params, name: str, config: ModelConfig) -> Ten
 
 
 def turns(n_positions: int, width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of pos · base^(-2i / width), each `[width / 2, pos]`.
-
-    On a CPU, built from Python floats so that the compiler embeds the table as a constant. On a GPU, computed there, since a
-    captured step may not copy from the host.
-    """
+    """cos and sin of pos · base^(-2i / width), each `[width / 2, pos]`. On a CPU they come from Python floats, so that the
+    compiler embeds the table as a constant; on a GPU they are computed there, as a captured step may not copy from the host."""
     if like.device.type == "cpu":
         angles = [[pos * base ** (-i / width) for pos in range(n_positions)] for i in range(0, width, 2)]
         return tuple(like.new_tensor([[f(angle) for angle in row] for row in angles]) for f in (math.cos, math.sin))
@@ -273,7 +273,7 @@ def turns(n_positions: int, width: int, base: float, like: Tensor) -> tuple[Tens
 
 
 def rotate(x: Tensor, config: ModelConfig, n_positions: int) -> Tensor:
-    """Rotary positions: turn adjacent feature pairs of `[run, head, d_head, pos, batch]` by their position's angle."""
+    """Rotary positions: turn adjacent feature pairs of `[run, head, d_head, pos, batch]` by the angle of their position."""
     first = n_positions - x.shape[3]
     cos, sin = (table[:, first:, None] for table in turns(n_positions, config.d_head, config.rotary_base, x))
     even, odd = x[:, :, 0::2], x[:, :, 1::2]
@@ -281,7 +281,7 @@ def rotate(x: Tensor, config: ModelConfig, n_positions: int) -> Tensor:
 
 
 def shapes(config: ModelConfig, d_exemplar: int, n_labels: int) -> dict[str, tuple[int, ...]]:
-    """Every weight's name and shape, without the run axis."""
+    """The name and shape of every weight, without the run axis."""
     d, norm = config.d_model, config.layer_norm
     out: dict[str, tuple[int, ...]] = {"exemplar_embed.weight": (d, d_exemplar), "exemplar_embed.bias": (d,),
                                        "label_embed.weight": (d, n_labels)}
@@ -304,10 +304,8 @@ def shapes(config: ModelConfig, d_exemplar: int, n_labels: int) -> dict[str, tup
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """One network as a value: architecture and tensors (no run axis). Equal when the contents are.
-
-    Raises ValueError, naming the tensor, where the tensors are not those of `config`.
-    """
+    """One network as a value: its architecture and tensors, without a run axis. Two are equal when their contents are.
+    Raises ValueError, naming the tensor, where the tensors are not those of `config`."""
 
     config: ModelConfig
     tensors: Mapping[str, Tensor]
@@ -335,7 +333,7 @@ class Weights:
 
     @cached_property
     def content_digest(self) -> str:
-        """sha256 of architecture, names, shapes and bytes."""
+        """The sha256 of the architecture and of the tensors' names, shapes, dtypes and bytes, in hex."""
         digest = hashlib.sha256(json.dumps(encode(self.config), sort_keys=True).encode())
         for name, tensor in self.tensors.items():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.numpy().tobytes())
@@ -352,10 +350,9 @@ class Weights:
 
 
 def initial_weights(config: ModelConfig, d_exemplar: int, n_labels: int, seed: int) -> Weights:
-    """Draw weights: LeCun normal truncated at ±2σ for matrices, 0.02 · truncated normal for tables (chapter 2).
-
-    Each tensor is drawn from a stream of its own, so that networks that differ in n_labels, say, have the rest in common.
-    """
+    """Draw weights (chapter 2): LeCun normal truncated at ±2σ for matrices, times `init_scale`; 0.02 · truncated normal for label
+    and position tables; biases 0; LayerNorm weights 1. Each tensor has its own random stream, so that networks that differ in
+    n_labels, for example, share all other weights."""
     tensors = {}
     for name, shape in shapes(config, d_exemplar, n_labels).items():
         tensor = torch.zeros(shape)
@@ -371,7 +368,7 @@ def initial_weights(config: ModelConfig, d_exemplar: int, n_labels: int, seed: i
 
 
 def stack(networks: list[Weights], device: str | torch.device = "cpu") -> Params:
-    """Networks of one architecture as parameters with a leading run axis."""
-    if len({(w.config, w.d_exemplar, w.n_labels) for w in networks}) != 1:
+    """Networks as parameters with a leading run axis. Raises ValueError unless all have one architecture, dim and label count."""
+    if len({(replace(w.config, init_scale=1.0), w.d_exemplar, w.n_labels) for w in networks}) != 1:
         raise ValueError("only networks of one architecture, exemplar dim and label count stack into one program")
     return {name: torch.stack([w.tensors[name] for w in networks]).to(device) for name in networks[0].tensors}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,10 +21,8 @@ MAX_LABEL_SETS = 100_000
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Characters as features, float32 `[class, exemplar, dim]`, and as images, uint8 `[class, exemplar, 28, 28]`, or None.
-
-    Ink is 255 on 0. `metadata` (JSON-able) says where the bank came from and how the features were made.
-    """
+    """Characters as features, float32 `[class, exemplar, dim]`, and as images, uint8 `[class, exemplar, 28, 28]` (ink 255 on 0)
+    or None. `metadata` is JSON data that says where the bank came from and how its features were made."""
 
     features: Tensor
     images: Tensor | None
@@ -31,8 +30,11 @@ class Bank:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the features' shape and bytes."""
+        """The sha256 of the features' shape and bytes, in hex."""
         return hashlib.sha256(repr(tuple(self.features.shape)).encode() + self.features.contiguous().numpy().tobytes()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Bank({self.metadata.get('name', '')!r}, {self.n_classes} classes × {self.n_exemplars} exemplars × {self.dim})"
 
     @property
     def n_classes(self) -> int:
@@ -49,10 +51,10 @@ class Bank:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences for several runs. The last id is the query, and the last label its right answer, never shown as a token.
+    """Sequences for several runs. The last id is the query. The last label is its right answer, which is never shown as a token.
 
-    `bank` `[run or 1, n, dim]` holds exemplar features; `ids` `[run, batch, pair + 1]` (int64) point into it;
-    `labels` `[run, batch, pair + 1]` (int64); `noise` None or `[run, batch, pair + 1, dim]`, added to the features.
+    `bank` `[run or 1, n, dim]` holds exemplar features. `ids` `[run, batch, pair + 1]` (int64) point into it. `labels` are int64
+    `[run, batch, pair + 1]`. `noise`, which may be None, is `[run, batch, pair + 1, dim]` and is added to the features.
     """
 
     bank: Tensor
@@ -62,7 +64,7 @@ class Batch:
 
     @property
     def exemplars(self) -> Tensor:
-        """Features `[run, batch, pair + 1, dim]`."""
+        """Features of exemplars and query, noise included, `[run, batch, pair + 1, dim]`."""
         if len(self.bank) == 1:
             features = self.bank[0][self.ids]
         else:
@@ -71,7 +73,7 @@ class Batch:
 
     @property
     def targets(self) -> Tensor:
-        """The query's right label, `[run, batch]`."""
+        """The query's right label, int64 `[run, batch]`."""
         return self.labels[:, :, -1]
 
     @property
@@ -90,7 +92,7 @@ class Batch:
         return [self._each(lambda x, i=i: x[:, i:i + size]) for i in range(0, len(self), size)]
 
     def expand(self, n_runs: int) -> Batch:
-        """The same sequences for each of `n_runs` runs (views, from a batch of one run)."""
+        """The same sequences for each of `n_runs` runs, as views of a batch of one run."""
         return self._each(lambda x: x.expand(n_runs, *x.shape[1:]))
 
     def to(self, device: str | torch.device) -> Batch:
@@ -98,7 +100,7 @@ class Batch:
 
 
 def from_exemplars(exemplars: Tensor, labels: Tensor) -> Batch:
-    """A batch for one run from features `[batch, pair + 1, dim]` and labels `[batch, pair + 1]`."""
+    """A batch for one run. Raises ValueError unless the shapes are `[batch, pair + 1, dim]` and `[batch, pair + 1]`."""
     if exemplars.ndim != 3 or labels.shape != exemplars.shape[:2]:
         raise ValueError(f"exemplars {tuple(exemplars.shape)} and labels {tuple(labels.shape)} do not match; they must "
                          "be [batch, pair + 1, dim] and [batch, pair + 1]")
@@ -107,11 +109,11 @@ def from_exemplars(exemplars: Tensor, labels: Tensor) -> Batch:
 
 
 def concatenate(batches: list[Batch]) -> Batch:
-    """Batches of one run each, as one batch of many runs; a bank they share is stored once."""
+    """One batch of many runs from batches of one run each; a bank that they share is stored once."""
     shared = all(b.bank is batches[0].bank for b in batches)
     if shared:
         bank = batches[0].bank
-    else:  # runs with smaller banks are padded: their ids never reach the padding
+    else:  # smaller banks are padded; no id points into the padding
         longest = max(b.bank.shape[1] for b in batches)
         bank = torch.cat([torch.nn.functional.pad(b.bank, (0, 0, 0, longest - b.bank.shape[1])) for b in batches])
     noise = [b.noise for b in batches]
@@ -121,10 +123,8 @@ def concatenate(batches: list[Batch]) -> Batch:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """What trains and what is held out. Ids point into the flattened bank: class · n_exemplars + exemplar.
-
-    `train_sets` and `test_sets` `[set, way]` are label sets, `*_ids` `[class, exemplar]`.
-    """
+    """What trains and what is held out. `features` `[id, dim]` is the flattened bank, where an id is class · n_exemplars +
+    exemplar. The `*_ids` `[class, exemplar]` point into it; `train_sets` and `test_sets` `[set, way]` are sets of labels."""
 
     task: TaskConfig
     features: Tensor
@@ -136,20 +136,19 @@ class Splits:
 
     @cached_property
     def train_bank(self) -> Tensor:
-        """`[1, n_classes, dim]`: the exemplars that train, one tensor that batches share."""
+        """The exemplars that train, `[1, n_classes, dim]`: one tensor that all training batches share."""
         return self.features[self.train_ids[:, 0]][None]
 
 
 def split(bank: Bank, task: TaskConfig) -> Splits:
-    """The first classes train, the last are for test; exemplar 0 trains, the others are held out; labels as `label_sets` says.
-
-    Raises ValueError where the bank is too small.
-    """
-    needed = task.n_classes + task.n_test_classes
-    if needed > bank.n_classes:
+    """The first classes train, and the last ones test. Exemplar 0 trains, and the others are held out. `label_sets` splits the
+    labels. Raises ValueError where the bank is too small, or where `label_sets` does."""
+    if (needed := task.n_classes + task.n_test_classes) > bank.n_classes:
+        most = bank.n_classes - task.n_test_classes
+        remedy = (f"n_classes can be at most {most}" if most >= task.n_ways else
+                  f"lower n_test_classes, such as n_classes={bank.n_classes // 2}, n_test_classes={bank.n_classes // 2}")
         raise ValueError(f"n_classes={task.n_classes} and n_test_classes={task.n_test_classes} need {needed} classes, but the "
-                         f"bank {bank.metadata.get('name', '')!r} has {bank.n_classes}; with it n_classes can be at most "
-                         f"{bank.n_classes - task.n_test_classes}")
+                         f"bank {bank.metadata.get('name', '')!r} has {bank.n_classes}; with it {remedy}")
     ids = torch.arange(bank.n_classes * bank.n_exemplars).view(bank.n_classes, bank.n_exemplars)
     train, test = label_sets(task)
     return Splits(task, bank.features.flatten(0, 1), ids[:task.n_classes, :1], ids[:task.n_classes, 1:],
@@ -157,10 +156,8 @@ def split(bank: Bank, task: TaskConfig) -> Splits:
 
 
 def label_sets(task: TaskConfig) -> tuple[Tensor, Tensor]:
-    """Training and held-out label sets, int64 `[set, way]`, every label being in some training set.
-
-    Raises ValueError where there are too many sets to list, or none of the sizes asked for has every label.
-    """
+    """Training and held-out label sets, int64 `[set, way]`; every label is in some training set. Raises ValueError where there
+    are too many sets to list, or where no split with the sizes asked for trains every label."""
     n_sets = math.comb(task.n_labels, task.n_ways)
     if n_sets > MAX_LABEL_SETS:
         raise ValueError(f"n_labels={task.n_labels} in sets of {task.n_ways} make {n_sets} label sets, more than "
@@ -191,7 +188,7 @@ def label_sets(task: TaskConfig) -> tuple[Tensor, Tensor]:
 
 
 def seeded(*key: str | int) -> torch.Generator:
-    """A generator of its own for each key, so that no stream depends on another, or on where a run was resumed."""
+    """A random generator that `key` alone decides, so that no stream depends on another or on where a run was resumed."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -200,9 +197,9 @@ def sample(splits: Splits, n: int, generator: torch.Generator, *, ids: Tensor | 
            label_sets: Tensor | None = None) -> Batch:
     """Draw `n` sequences for one run, `[1, n, pair + 1]`; the default is a training batch.
 
-    `ids` `[class, exemplar]` are the exemplars to draw from, and become the batch's bank; `label_sets` `[set, way]` are the sets of
-    labels. A class has a probability proportional to rank^-zipf, in the order of `ids`. Pairs come in random order. The query is of
-    a random pair's class, and its exemplar is drawn afresh.
+    `ids` `[class, exemplar]` are the exemplars to draw from and become the batch's bank. `label_sets` `[set, way]` are the label
+    sets to draw from. Classes are drawn without replacement, with weights rank^-zipf in the order of `ids`. Pairs come in random
+    order. The query has the class of a random pair. Each exemplar is drawn afresh, so the query may repeat one of the context.
     """
     task = splits.task
     ids = splits.train_ids if ids is None else ids
@@ -211,11 +208,11 @@ def sample(splits: Splits, n: int, generator: torch.Generator, *, ids: Tensor | 
     n_classes = len(ids)
     if task.zipf:
         weights = torch.arange(1, n_classes + 1, dtype=torch.float64) ** -task.zipf
-        classes = torch.multinomial(weights.expand(n, -1), ways, generator=generator)  # the most frequent come first
+        classes = torch.multinomial(weights.expand(n, -1), ways, generator=generator)  # frequent classes tend to come first
         classes = classes.gather(1, torch.rand(n, ways, generator=generator).argsort(1))
     else:
         classes = torch.randint(0, n_classes, (n, ways), generator=generator)
-        for way in range(1, ways):  # a uniform draw among those not yet taken, without a permutation of every class
+        for way in range(1, ways):  # uniform over the classes not yet taken, without permuting every class
             classes[:, way] = torch.randint(0, n_classes - way, (n,), generator=generator)
             for taken in classes[:, :way].sort(1).values.unbind(1):
                 classes[:, way] += classes[:, way] >= taken
@@ -235,19 +232,16 @@ def sample(splits: Splits, n: int, generator: torch.Generator, *, ids: Tensor | 
 
 
 def training_batch(splits: Splits, data_seed: int, chunk: int, n: int) -> Batch:
-    """Chunk number `chunk` of a run's training stream, `n` sequences: a pure function of its arguments."""
+    """Chunk number `chunk` of a run's training stream, `n` sequences; it depends on these arguments alone."""
     batch = sample(splits, n, seeded("train", data_seed, chunk))
     return Batch(splits.train_bank, batch.ids, batch.labels, batch.noise)
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """An evaluation set: `name`, the `words` that figures have for it, and where its sequences are drawn from: the names of two
-    fields of `Splits`, an `*_ids` and a `*_sets`.
-
-    A reader's own is one of these, or any frozen dataclass with a `name` and a method `draw(splits, n, generator)` that returns a
-    `Batch` of one run (see Extending).
-    """
+    """An evaluation set: its `name`, the `words` for it in figures, and the two fields of `Splits` (an `*_ids` and a `*_sets`)
+    that its sequences are drawn from. Raises ValueError for other fields. A reader's own is an `EvalSet`, or any frozen dataclass
+    that has a `name` and a method `draw(splits, n, generator)` that returns a `Batch` of one run (see Extending)."""
 
     name: str
     words: str
@@ -273,28 +267,27 @@ EVAL_SETS = (
 
 
 def evaluation_sets(splits: Splits, eval_seed: int, size: int = 1000, more: Sequence[EvalSet] = ()) -> dict[str, Batch]:
-    """The four fixed sets and a reader's `more`, of `size` sequences for one run each, by name.
-
-    Sets that the splits leave empty are left out: `test_relabel` where no labels are held out, `test_exemplars` where a class has
-    one exemplar. Raises ValueError where two have one name.
-    """
+    """The four fixed sets and a reader's `more`, by name, each of `size` sequences for one run. Sets that the splits leave empty
+    are left out: `test_relabel` where no labels are held out, `test_exemplars` where a class has one exemplar. Raises ValueError
+    where two sets have the same name, or where a reader's set draws another shape."""
     names = [each.name for each in (*EVAL_SETS, *more)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"eval_sets: two evaluation sets are named {twice.pop()!r}; give each a name of its own")
     drawn = {each.name: each.draw(splits, size, seeded(each.name, eval_seed)) for each in (*EVAL_SETS, *more)}
     found = {name: batch for name, batch in drawn.items() if batch is not None}
     for name, batch in found.items():
-        if batch.labels.shape != (expected := (1, size, splits.task.n_pairs + 1)) or batch.ids.shape != expected:
-            raise ValueError(f"the evaluation set {name!r} drew ids {list(batch.ids.shape)} and labels {list(batch.labels.shape)}; "
-                             f"both must be {list(expected)}: one run, {size} sequences, n_pairs + 1")
+        expected, n = [1, size, splits.task.n_pairs + 1], splits.task.n_labels
+        what = f"ids {[*batch.ids.shape]}, labels {[*batch.labels.shape]}" if isinstance(batch, Batch) else reprlib.repr(batch)
+        if what != f"ids {expected}, labels {expected}":
+            raise ValueError(f"the evaluation set {name!r} drew {what}; it must draw a Batch of one run, ids and labels {expected}")
+        if min(batch.labels.min(), batch.ids.min()) < 0 or batch.labels.max() >= n or batch.ids.max() >= batch.bank.shape[1]:
+            raise ValueError(f"the evaluation set {name!r} drew labels that are not from 0 to {n - 1}, or ids beyond its bank")
     return found
 
 
 def every_training_sequence(splits: Splits) -> Batch:
-    """All distinct training sequences of a two-pair task, once each: C·(C−1)·2·sets·2 (78,400 for C=50, L=5).
-
-    Raises ValueError for other tasks, whose sequences are too many to list.
-    """
+    """All distinct training sequences of a noiseless two-pair task, once each: C·(C−1)·2·sets·2 (78,400 for C=50, L=5).
+    Raises ValueError for other tasks, whose sequences can't all be listed."""
     task = splits.task
     if task.n_pairs != 2 or task.noise:
         raise ValueError(f"n_pairs={task.n_pairs}, noise={task.noise}: only noiseless sequences of 2 pairs are "

@@ -1,4 +1,4 @@
-"""The paper's toy model of subcircuits that need each other: a product of three vectors, some of them clamped (Figure 5a)."""
+"""The paper's toy model of subcircuits that need each other: a product of three vectors, some of them clamped (Figures 5a, 9)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ("a", "b", "c")
 
 
 def loss(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
-    """½ · mean((a*⊗b*⊗c* − a⊗b⊗c)²) of each run, `[run]`, from vectors `[run, dim]`; by inner products, not the tensors."""
+    """½ · mean((a*⊗b*⊗c* − a⊗b⊗c)²) of each run, `[run]`, from vectors `[run, dim]`; it needs inner products only."""
     def inner(v: dict[str, Tensor], w: dict[str, Tensor]) -> Tensor:
         return torch.stack([(v[name] * w[name]).sum(1) for name in NAMES]).prod(0)
 
@@ -25,15 +25,15 @@ def loss(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
 
 def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, float | Sequence[float]] = (), *, n_dims: int = 20,
           n_iterations: int = 1000, lr: float = 1.0) -> pd.DataFrame:
-    """Gradient descent on `loss` from N(0, I), a run a seed, the vectors in `clamped` being the truth throughout (Figures 5a, 9).
+    """Gradient descent on `loss` from N(0, I), one run per seed; vectors in `clamped` are the truth throughout (Figures 5a, 9).
 
-    With strengths, `clamped={"c": 0.5}`, one for all runs or one each, the product has strength · truth + (1 − strength) · what is
-    learnt in a vector's place.
+    `clamped={"c": 0.5}` gives a strength from 0 to 1, one for all runs or one per run: in place of c, the product has strength ·
+    truth + (1 − strength) · the learnt c. Raises ValueError for another name in `clamped`, or a number out of range.
 
-    One row a run and iteration, 0 to `n_iterations`, each before its step: run, iteration, `loss`; `relative_loss`, over the
-    loss of learning nothing (of a product that is 0); the progress measures `misaligned_a`, …, which are 1 − cos² of a vector
-    and its truth, and `loss_given_b_and_c`, the loss with b and c set to the truth, of the sign that serves best (a product
-    leaves its factors' signs open). Raises ValueError where `clamped` names anything but a, b and c, or a number is off.
+    The table has one row per run and iteration, 0 to `n_iterations`, measured before the step: iteration; run (the seed); `loss`;
+    `relative_loss`, the loss divided by that of learning nothing (of a product that is 0); and progress measures. `misaligned_a`,
+    … is 1 − cos² of a vector and its truth. `loss_given_b_and_c` is the loss with b and c set to the truth, under the better sign
+    (a product leaves its factors' signs open).
     """
     strength = dict(clamped) if isinstance(clamped, Mapping) else dict.fromkeys(clamped, 1.0)
     if unknown := sorted(set(strength) - set(NAMES)):
@@ -68,6 +68,6 @@ def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, f
                    "loss_given_b_and_c": given}
         for name, column in columns.items():
             kept[name].append(column)
-        vectors |= {name: vectors[name] - lr * gradients[name] for name in NAMES}  # a clamped vector's gradient is 0
+        vectors |= {name: vectors[name] - lr * gradients[name] for name in NAMES}  # the gradient is 0 at strength 1
     rows = pd.MultiIndex.from_product([range(n_iterations + 1), list(seeds)], names=["iteration", "run"])
     return pd.DataFrame({name: torch.cat(columns).numpy() for name, columns in kept.items()}, index=rows).reset_index()

@@ -23,12 +23,12 @@ PT_HEADS = ((0, 1), (0, 2), (0, 5))
 
 
 def catalogue():
-    """Every kind of clamp that the package has."""
+    """The class of every clamp that the package has."""
     return {kind for kind in vars(ihbook.clamps).values() if dataclasses.is_dataclass(kind) and hasattr(kind, "writes")}
 
 
 def clamps(donor):
-    """Case name -> clamps; `donor` are the golden donor's weights."""
+    """Case name -> clamps; `donor` holds the golden donor's weights."""
     return {
         "none": (),
         "only_l2h3": (ONLY_3,),

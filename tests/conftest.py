@@ -1,4 +1,4 @@
-"""What the tests share: the golden numbers, the shared folder where there is one, small banks."""
+"""What the tests share: the golden numbers, the shared folder where there is one, the built book, a small bank."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from ihbook.config import ModelConfig
 from ihbook.model import Weights
 from ihbook.task import Bank, from_exemplars
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # threads of two workers that wait for each other are ten times slower
+if "PYTEST_XDIST_WORKER" in os.environ:  # otherwise threads wait for each other, ten times slower
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -24,7 +24,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def shared(path: str) -> Path:
-    """A file of the folder of full reference data that may stand beside the checkout; the test skips where it does not."""
+    """A file of the full reference data, which may lie beside the checkout; without it, the test is skipped."""
     if not (SHARED / path).exists():
         pytest.skip(f"the full reference data ({path}) is not beside this checkout; tests/data holds a compact copy")
     return SHARED / path
@@ -40,7 +40,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 ROOT = Path(__file__).parents[1]
-TOOLS = Path(sys.executable).parent  # of the environment that runs the tests
+TOOLS = Path(sys.executable).parent  # the programs of the environment that runs the tests
 BUILD = [TOOLS / "jupyter-book", "build", "book/"]
 
 
@@ -59,7 +59,7 @@ def quick(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory, quick) -> tuple[Path, str]:
-    """The book built in the quick profile: the folder of its pages, and what the build wrote to its terminal."""
+    """The book built in the quick profile: the folder of its pages, and the build's standard error."""
     root = copy_of_the_book(tmp_path_factory.mktemp("book"))
     done = subprocess.run(BUILD, cwd=root, env=os.environ | quick, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -92,7 +92,7 @@ def batch(golden):
 
 @pytest.fixture(scope="session")
 def small_bank():
-    """40 classes of 3 exemplars in 16 dims, plainly separable: quick to learn from."""
+    """40 classes of 3 exemplars, dim 16, which are clearly separable and so quickly learnt."""
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(40, 1, 16, generator=generator)
     return Bank(centres + 0.1 * torch.randn(40, 3, 16, generator=generator), None, {"name": "small"})

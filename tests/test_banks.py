@@ -43,7 +43,7 @@ def downloads_are_from(monkeypatch, url):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """An empty cache for each test; nothing may leave this machine."""
+    """An empty cache per test; no test may reach another machine."""
     monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     downloads_are_from(monkeypatch, "http://127.0.0.1:1/")  # a port where nobody listens
@@ -62,7 +62,7 @@ def similarity(features):
     unit = torch.nn.functional.normalize(features, dim=-1).flatten(0, 1)
     cosine = (unit @ unit.T).view(n, k, n, k).transpose(1, 2)
     same, other = torch.eye(n, dtype=torch.bool), ~torch.eye(k, dtype=torch.bool)
-    match = cosine[:, :, 1, 0]  # a second exemplar of each class against the first one of each
+    match = cosine[:, :, 1, 0]  # the second exemplar of each class against the first of every class
     generator = torch.Generator().manual_seed(0)
     ways = torch.stack([torch.randperm(n, generator=generator)[:20] for _ in range(300)])
     hits = match[ways[:, :, None], ways[:, None]].argmax(-1) == torch.arange(20)
@@ -215,7 +215,7 @@ def test_truncated_or_damaged_h5_is_refused_or_read_whole(tmp_path):
         with pytest.raises(ValueError, match="bank.h5 is not a whole HDF5 file"):
             authors(path)
     refused = 0
-    for position in range(0, 800, 16):  # the part that is not numbers
+    for position in range(0, 800, 16):  # the part of the file that is not features
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         try:
             authors(path)
@@ -329,7 +329,7 @@ def test_truncated_or_damaged_zips_are_refused_or_read_whole(tmp_path):
         with pytest.raises(ValueError, match="damaged.zip is not a whole zip file.*give"):
             omniglot(path)
     refused = 0
-    contents = whole.index(b"PK\1\2")  # the directory after them holds names, which no checksum covers
+    contents = whole.index(b"PK\1\2")  # no checksum covers the names in the directory after the images
     for position in range(0, contents, contents // 60):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         try:
@@ -344,7 +344,7 @@ def test_truncated_or_damaged_zips_are_refused_or_read_whole(tmp_path):
 
 
 class Pooling(torch.nn.Module):
-    """Stands in for torchvision's ResNet-18: 512 pooled pixels where that has 512 activations."""
+    """A stand-in for torchvision's ResNet-18, with 512 pooled pixels in place of 512 activations."""
 
     def __init__(self):
         super().__init__()
@@ -439,7 +439,7 @@ def test_weights_out_of_reach_are_like_no_torchvision(tmp_path, fake_torchvision
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A web server on this machine in the place of GitHub; `requests` lists what was asked of it."""
+    """A web server on this machine in place of GitHub, which serves the folder `root`; `asked` lists the requests."""
     root = tmp_path / "served"
     root.mkdir()
     asked = []
@@ -506,7 +506,7 @@ def test_no_network_is_said_within_seconds(name, cache, monkeypatch):
     began = time.monotonic()
     with pytest.raises(RuntimeError, match="could not download http.*check the network.*IHBOOK_CACHE.*path="):
         load_bank(BankConfig(name))
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call and never answers
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts the connection and never answers
         downloads_are_from(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}/")
         monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
         with pytest.raises(RuntimeError, match="could not download"):

@@ -1,4 +1,4 @@
-"""The book: notebooks run with other parameters, say what is wrong with bad ones, and build into pages."""
+"""The book: notebooks run with other parameters, name bad parameters, and build into pages."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.xdist_group("book")
 
 @pytest.fixture(scope="module")
 def store(quick):
-    """The store of the quick profile, for all that is executed here."""
+    """The store of the quick profile, for every notebook executed here."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in quick.items():
             patch.setenv(name, value)
@@ -28,7 +28,7 @@ def store(quick):
 
 
 def execute(name, tmp_path, parameters, wanted="None"):
-    """Run a chapter from another folder; the value of the expression `wanted` in it, by way of JSON."""
+    """Run a chapter from another folder; return the value of the expression `wanted` in it, passed as JSON."""
     notebook = nbformat.read(ROOT / "book" / f"{name}.ipynb", 4)
     notebook.cells.append(nbformat.v4.new_code_cell(f"import json; print('WANTED' + json.dumps({wanted}))"))
     nbformat.write(notebook, tmp_path / "in.ipynb")
@@ -58,7 +58,7 @@ def test_the_list_above_is_that_of_the_specification():
     assert sorted(set(ids) - {"id"}) == sorted(PUBLISHED)
 
 
-# A notebook defines no model, clamp or metric, but where it teaches how to.
+# A notebook defines a model, clamp or metric only where it teaches how to.
 TAUGHT = {"05_clamping": ["class Uniform:"], "extending": ["class Borrow:", "class Margin:", "class Match:"]}
 
 
@@ -86,7 +86,7 @@ VERDICTS = "{v.key: [v.word, *v.values] for v in verdicts}"
 
 @pytest.mark.slow
 def test_02_finds_the_phase_change_of_each_seed(tmp_path, store):
-    wanted = "[int(last), [r.config.init_seed for r in results], changes['phase change'].tolist(), strengths]"
+    wanted = "[int(last), [r.run.init_seed for r in results], changes['phase change'].tolist(), strengths]"
     parameters = {"seed": 7, "n_seeds": 2}
     last, seeds, changes, strengths = execute("02_phase_change", tmp_path, parameters, wanted)
     assert (last, seeds, len(strengths)) == (64_000, [7, 8], 8)
@@ -160,7 +160,7 @@ def test_09_of_another_seed(tmp_path, store):
 @pytest.mark.parametrize("name", ["03_many_heads", "04_wiring", "07_subcircuits", "08_data_properties", "09_match_and_copy",
                                   "10_seeds"])
 def test_a_run_too_short_for_a_phase_change_says_so(tmp_path, store, name):
-    """And takes another number of heads and of pairs."""
+    """The chapter also takes other numbers of heads and pairs."""
     parameters = {"n_sequences": 800, "n_seeds": 2, "n_heads": 4, "n_pairs": 3}
     verdicts = execute(name, tmp_path, parameters, VERDICTS)
     assert {word for word, *_ in verdicts.values()} == {"not tested"}
@@ -187,7 +187,7 @@ def test_a_run_too_short_for_a_phase_change_says_so(tmp_path, store, name):
     ("02_phase_change", {"n_pairs": 6}, "n_pairs=6"), ("04_wiring", {"mlp_ratio": -1}, "mlp_ratio=-1"),
 ])
 def test_bad_parameters_fail_with_the_named_error(store, name, parameters, words):
-    """In the first cells, which are executed here: nothing has been trained then."""
+    """The error comes from the first cells, before anything is trained; only these are executed here."""
     code = [cell for cell in nbformat.read(ROOT / "book" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
     first = next(i for i, cell in enumerate(code) if "parameters" in cell.metadata.get("tags", ()))
     names: dict = {}

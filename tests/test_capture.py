@@ -1,5 +1,4 @@
-"""Steps as CUDA graphs: that a step can be captured, and what its graph reads and writes. On a GPU where there is one; the first
-tests need none."""
+"""Steps as CUDA graphs: that a step can be captured, and what its graph reads and writes. Only one test needs a GPU."""
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -28,7 +27,7 @@ NOISY = [replace(RUN, task=replace(RUN.task, noise=0.1)), replace(RUN, task=repl
 
 
 class Device(TorchDispatchMode):
-    """Refuses what a capture does: to read from the host, or a value back from the device, here the device "meta"."""
+    """Refuses what a CUDA capture refuses: tensors of the host, and values read back from the device (here "meta")."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -39,7 +38,7 @@ class Device(TorchDispatchMode):
 
 
 def step_on_meta(config, chosen, noise=False):
-    """A step of two runs, one of them with these clamps, with no numbers at all."""
+    """Take a step of two runs, one of them with the clamps `chosen`, on tensors without numbers."""
     run = RunConfig(model=config)
     networks = [initial_weights(config, 12, 5, seed) for seed in range(2)]
     params = stack(networks, "meta")
@@ -71,8 +70,8 @@ def test_the_test_above_can_fail(bad):
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph is to a step, on a CPU: operations are noted down, what they would change is left as it was, and a replay
-    does them again on the very same tensors."""
+    """A stand-in on a CPU for a CUDA graph: it records operations and omits their changes in place; a replay runs them again on
+    the same tensors."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +88,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self):
-        with torch._C._AutoDispatchBelowAutograd():  # as the operations were noted down
+        with torch._C._AutoDispatchBelowAutograd():  # as when the operations were recorded
             for func, args, kwargs, out in self.operations:
                 again = func(*args, **kwargs) if func else None
                 if again is not None and out is not None:
@@ -99,7 +98,7 @@ class Tape(TorchDispatchMode):
 
 @pytest.fixture
 def tapes(monkeypatch):
-    """Tapes in place of CUDA graphs; those that were made."""
+    """Put tapes in place of CUDA graphs; the list of the tapes made."""
     made = []
 
     @contextmanager
@@ -121,7 +120,7 @@ def train(runs, bank, device="cpu", compile=False):
 
 @pytest.mark.parametrize("runs, captures", [(RUNS, 4), (NOISY[:1], 1), (NOISY[1:], 1)], ids=["clamped", "noisy", "sgd"])
 def test_captured_steps_are_the_plain_ones(small_bank, tapes, monkeypatch, runs, captures):
-    """Over chunks of sequences, a window that opens and closes, and a run that leaves; each needs a graph of its own."""
+    """Training crosses a chunk of sequences, a window opens and closes, and a run leaves; new plans or runs need a new graph."""
     plain = train(runs, small_bank)
     monkeypatch.setattr(step, "PLAIN", replace(step.PLAIN, step=captured.capturing(step.train_step)))
     for a, b in zip(plain, train(runs, small_bank), strict=True):

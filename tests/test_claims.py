@@ -1,4 +1,4 @@
-"""Claims: verdicts, what is kept of them, and the settings they are of."""
+"""Claims: verdicts, how they are saved, and the settings that they belong to."""
 
 import math
 from dataclasses import replace

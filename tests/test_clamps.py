@@ -13,6 +13,7 @@ from ihbook import clamps as c
 from ihbook.clamps import compose, run_with_clamps
 from ihbook.config import ModelConfig, RunConfig
 from ihbook.engine import flat
+from ihbook.engine.prepared import clamp_signature
 from ihbook.metrics import cross_entropy
 from ihbook.model import Override, forward, initial_weights, stack
 from ihbook.task import from_exemplars
@@ -32,7 +33,7 @@ def small_batch(n_pairs=2, n=6, dim=4, labels=None, dtype=torch.float32, n_label
 
 
 def every_clamp(donor):
-    """One of each kind, for a network of two layers."""
+    """One clamp of each kind, for a network of two layers."""
     return [c.Ablate((1, 0)), c.Preserve("patterns"), c.Preserve("values"), c.Preserve("queries"), c.Preserve("keys"),
             c.PreviousToken((0, 1), 0.7), c.BlockPreviousToken((0, 0)), c.Induction((1, 1), 0.8),
             c.SimilarityMatch((1, 1), 0.5), c.HeadTemperature((1, 0), 2.0), c.LabelAttentionOnly((1, 1)), c.Copy((1, 1)),
@@ -83,7 +84,7 @@ def head_rows(which, head):
 
 def test_weights_behind_a_clamp_get_exactly_no_gradient(networks, batch):
     ablated = gradients(networks[0], batch, (c.Ablate((1, 3)),))["layers.1.attn.qkv.weight"]
-    for which in "qkv":  # with no values, the pattern reaches nothing either
+    for which in "qkv":  # without values, the pattern has no effect either
         assert (ablated[head_rows(which, 3)] == 0).all() and (ablated[head_rows(which, 4)] != 0).any()
     previous = gradients(networks[0], batch, (c.PreviousToken((0, 2)),))["layers.0.attn.qkv.weight"]
     assert (previous[head_rows("q", 2)] == 0).all() and (previous[head_rows("k", 2)] == 0).all()
@@ -122,7 +123,7 @@ ALL_LAYER_1 = tuple((0, h) for h in range(2))
     (c.Graft(initial_weights(TINY, 4, 5, 9)),), (c.Graft(initial_weights(TINY, 4, 5, 9), part="above"),),
 ], ids=lambda chosen: "+".join(type(x).__name__ for x in chosen))
 def test_gradients_agree_with_finite_differences(chosen):
-    """Nothing is detached: also through the unclamped pass, and through the layer 1 and copy clamps."""
+    """Nothing is detached, not in the unclamped pass, and not under `PerfectLayer1` and `Copy`."""
     loss, values = _float64_case(chosen)
     assert torch.autograd.gradcheck(loss, values, eps=1e-6, atol=1e-7, rtol=1e-5)
     assert sum(g.abs().sum() for g in torch.autograd.grad(loss(*values).sum(), values)) > 1e-2
@@ -139,7 +140,7 @@ def test_a_family_of_different_clamps_equals_each_alone(networks, batch):
 
 
 def test_a_program_made_for_all_clamps_gives_each_what_its_own_gives(networks, batch):
-    """Activations and gradients: what a run does not clamp it has an empty mask for. And it is one program, whatever the run."""
+    """Activations and gradients agree: a run has an empty mask where it clamps nothing. All runs have one program."""
     cases = list(golden_clamps(networks[1]).values())
     params, config = stack([networks[0]]), networks[0].config
 
@@ -211,7 +212,7 @@ def test_perfect_layer_1_with_absolute_positions_moves_the_embedding_with_its_po
 @pytest.mark.parametrize("other", [c.PreviousToken((0, 1)), c.Induction((1, 1)), c.BlockPreviousToken((0, 1)),
                                    c.HeadTemperature((1, 1), 3.0), c.PerfectLayer1()], ids=lambda x: type(x).__name__)
 def test_what_another_clamp_sets_wins_over_what_is_preserved(other, networks, batch):
-    """Preserving everything but that clamp's doing: its pattern is as without the preservation."""
+    """`Preserve` does not change the pattern that the other clamp sets."""
     layer = 0 if isinstance(other, (c.PreviousToken, c.BlockPreviousToken)) else 1
     with_it = run_with_clamps(networks[0], batch, (other, c.Preserve("patterns")))["pattern", layer][0, :, 1, -1]
     alone = run_with_clamps(networks[0], batch, (other,))["pattern", layer][0, :, 1, -1]
@@ -237,7 +238,7 @@ def test_every_layer_is_preserved(what, name):
     lost = run_with_clamps(weights, batch, (c.Ablate(((0, 0), (1, 1))),))
     for layer in range(3):
         kept, plain, without = (a[name, layer].clone() for a in (acts, clean, lost))
-        if name == "v":  # the ablated values win
+        if name == "v":  # `Ablate` wins over `Preserve`
             for a in (kept, plain, without):
                 a[:, :, :, 0 if layer == 0 else 1] = 0 if layer < 2 else a[:, :, :, 1]
         assert torch.equal(kept, plain)
@@ -393,7 +394,7 @@ def test_a_clamp_that_is_not_in_a_list_says_so(networks, batch):
 
 
 def test_layer_1_is_preserved_too(networks, batch):
-    """What changes before Layer 1 is not felt by what of it is preserved."""
+    """A change before Layer 1 does not reach the patterns that are preserved."""
     plain, kept, lost = (run_with_clamps(deep_network(0), small_batch(), chosen) for chosen in
                          ((), (c.AblateEmbedding(), c.Preserve("patterns")), (c.AblateEmbedding(),)))
     for layer in range(3):
@@ -418,7 +419,7 @@ def test_windows_switch_a_clamp_on_and_off():
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """A reader's own clamp: a head attends to everything that it can see, equally."""
+    """A reader's own clamp: a head attends equally to every token that it can see."""
 
     layer: int
     head: int
@@ -437,7 +438,7 @@ def test_a_clamp_of_ones_own(networks, batch):
 
 
 def test_perfect_layer_1_in_a_deeper_network():
-    """Layer by layer: queries and keys read the copied embeddings in place of the plain ones, values and the stream the plain ones."""
+    """In every layer, queries and keys read the copied embeddings, values and the stream the plain ones."""
     weights, batch = deep_network(0), small_batch()
     acts = run_with_clamps(weights, batch, [c.PerfectLayer1()])
     params, config = stack([weights]), weights.config
@@ -458,7 +459,7 @@ def test_perfect_layer_1_in_a_deeper_network():
 
 
 def run_layer(params, batch, config, layer, stream):
-    """Activations of a network whose stream before one layer is given."""
+    """Activations of a network whose stream before `layer` is replaced by `stream`."""
     where = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     override = Override(where, ((torch.ones(1, 1, 1, 1), lambda acts: stream),))
     return forward(params, batch, config, {("resid_pre", layer): override})
@@ -484,7 +485,7 @@ def test_a_vector_is_added_where_it_is_to_be(networks, batch):
 
 
 def test_additions_compose_with_each_other_and_with_what_is_set(networks, batch):
-    """Two additions are summed; an addition comes last, also on what another clamp has set, kept or scaled."""
+    """Two additions are summed; an addition comes last, also where another clamp has set, kept or scaled the entry."""
     one, two = c.Steer("resid_pre", 1, [0.5] * 64), c.Steer("resid_pre", 1, [0.25] * 64, [0])
     both = run_with_clamps(networks[0], batch, [one, two])["resid_pre", 1]
     plain = run_with_clamps(networks[0], batch)["resid_pre", 1]
@@ -502,7 +503,7 @@ def test_additions_compose_with_each_other_and_with_what_is_set(networks, batch)
 
 @dataclasses.dataclass(frozen=True)
 class Adds:
-    """A number added to all of a head's activation."""
+    """A clamp that adds a number to all entries of a head's activation."""
 
     name: str
     head: tuple[int, int]
@@ -516,7 +517,7 @@ class Adds:
 
 @dataclasses.dataclass(frozen=True)
 class Doubled:
-    """A head's values, twice what they are: its source reads what it replaces."""
+    """A clamp that doubles a head's values: its source reads what it replaces."""
 
     head: tuple[int, int] = (1, 3)
 
@@ -545,7 +546,7 @@ def test_gradients_through_additions_and_self_reading_sources(chosen):
 
 
 def test_a_vector_added_is_felt_as_a_constant(networks, batch):
-    """Where it is added just before the output, its gradient is that of the same network with another bias."""
+    """A vector added to the logits gives the same gradients as a network with that vector in its bias."""
     vector = torch.tensor([0.5, -1.0, 0.25, 2.0, 0.0])
     steered = gradients_of(networks[0], batch, [c.Steer("logits", None, vector)])
     tensors = dict(networks[0].tensors) | {"unembed.bias": networks[0].tensors["unembed.bias"] + vector}
@@ -557,7 +558,7 @@ def test_a_vector_added_is_felt_as_a_constant(networks, batch):
 def test_families_with_vectors_of_their_own_are_one_program(networks, batch):
     config, shape = networks[0].config, SHAPE
     some = [(c.Steer("resid_pre", 1, [i + 1.0] * 64, [i]),) for i in range(3)]
-    assert len({compose.clamp_signature(each, shape) for each in some}) == 1
+    assert len({clamp_signature(each, shape) for each in some}) == 1
     plans = [compose.make_plan([each], config, 2, compile_with=[*some, ()]) for each in (*some, ())]
     assert len({flat.form_of(plan) for plan in plans}) == 1
     assert len({tuple(t.shape for t in flat.tensors_of((plan,))) for plan in plans}) == 1

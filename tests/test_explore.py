@@ -1,4 +1,4 @@
-"""Panels: what they show is what the package computes, by a widget's change and in a built page's script."""
+"""Panels show what the package computes, both in live widgets and in the script of a built page."""
 
 import functools
 import http.server
@@ -22,8 +22,6 @@ from ihbook.chapters import experiments, explore, panels
 from ihbook.clamps import Ablate, Copy, Induction, PerfectLayer1, Preserve, PreviousToken, run_with_clamps
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 
-PATTERN = 8 * (1 + 15)  # numbers of one layer's drawing
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
@@ -38,13 +36,13 @@ def trained(tmp_path_factory):
 
 
 def find(widget, description):
-    """A widget among the children by its words."""
+    """The widget with this description, among the children at every depth."""
     inside = [widget, *(w for child in getattr(widget, "children", ()) for w in [find(child, description)] if w)]
     return next((w for w in inside[1:] if w), inside[0] if getattr(inside[0], "description", None) == description else None)
 
 
 def texts(html):
-    """The numbers that stand in a drawing as words."""
+    """The numbers written in a drawing."""
     return [float(text) for text in re.findall(r'class="ih-value"[^>]*>([^<]*)<', html)]
 
 
@@ -225,7 +223,7 @@ def test_a_network_of_another_shape(tmp_path):
 
 @pytest.fixture(scope="module")
 def executed(quick):
-    """explore.ipynb, run; with the state of its widgets."""
+    """explore.ipynb, executed, with the state of its widgets."""
     notebook = nbformat.read(ROOT / "book/explore.ipynb", 4)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in quick.items():
@@ -254,7 +252,7 @@ def test_the_notebooks_widgets(executed):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium without any network but loopback."""
+    """Chromium, with no network but loopback."""
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
@@ -281,11 +279,11 @@ def site(built):
 
 
 THEIRS = ("Identifier 'THEBE_JS_URL' has already been declared", "Got invalid theme mode",  # the theme's own, on every page
-          "Failed to load resource")  # said again of what is recorded as a response or a failed request
+          "Failed to load resource")  # repeats what is recorded as a response or a failed request
 
 
 def opened(browser, address, width=1366):
-    """A page, and what went wrong on it that is not the theme's."""
+    """A page, and the errors on it that are not the theme's."""
     page, wrong = browser.new_page(viewport={"width": width, "height": 900}), []
 
     def said(words):
@@ -309,7 +307,7 @@ def test_every_page_loads_without_a_network(browser, site, built):
         page, wrong = opened(browser, f"{site}/{name}")
         assert not wrong, (name, wrong)
         if name == "06_toy_model.html":
-            assert page.locator("mjx-container").count() > 0  # mathematics is set
+            assert page.locator("mjx-container").count() > 0  # formulas are typeset
         page.close()
 
 
@@ -365,7 +363,7 @@ def lab(tmp_path_factory, quick):
                "--ServerApp.password=", "--allow-root", f"--notebook-dir={folder}", "--LabApp.news_url=None", "--expose-app-in-browser"]
     settings = folder / "settings/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
-    settings.write_text('{"windowingMode": "none"}')  # every cell is in the page, wherever it is scrolled to
+    settings.write_text('{"windowingMode": "none"}')  # every cell is then in the page, whatever is scrolled into view
     environment = os.environ | quick | {"PATH": f"{TOOLS}{os.pathsep}{os.environ['PATH']}",
                                         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -1,8 +1,10 @@
-"""The doors: what a reader adds is trained, kept, found again and grouped like the book's own."""
+"""Extending: a reader's own clamps, metrics, evaluation sets and banks are trained, stored and grouped like the book's."""
 
 import dataclasses
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -18,9 +20,9 @@ from conftest import ROOT
 from test_train import RUN, same
 
 from ihbook import ModelConfig, Store, TaskConfig, from_array, measure, run_with_clamps, task, train
-from ihbook.chapters import experiments
+from ihbook.chapters import claims, experiments
 from ihbook.chapters.experiments import Settings
-from ihbook.clamps import Ablate, Copy, During, PerfectLayer1, Preserve, PreviousToken, Steer, Write, compose
+from ihbook.clamps import Ablate, Copy, During, PerfectLayer1, Preserve, PreviousToken, Shape, Steer, Write, compose
 from ihbook.config import RunConfig
 from ihbook.engine import blocks, compiled
 from ihbook.engine import train as training
@@ -43,7 +45,7 @@ class Margin:
 
 @dataclass(frozen=True)
 class LookAtSelf:
-    """A metric of the first layer, which a network under many clamps computes once: its run axis may be of length 1."""
+    """A metric of the first layer. A network under many clamps computes that layer once, so the run axis may have length 1."""
 
     name: str = "looks at itself"
 
@@ -93,7 +95,7 @@ def test_a_metric_is_broadcast_over_clamps(networks, batch):
 @pytest.mark.slow
 @pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_the_default_way_of_training(small_bank, monkeypatch, tmp_path):
-    """Compiled, in processes, several clamps in one program, a metric of one's own: what long runs get, against the plain way."""
+    """Long runs train compiled, in processes, several clamps in one program, with a reader's metric; the plain way agrees."""
     monkeypatch.setitem(compiled.COMPILE_FROM, "cpu", 1)
     monkeypatch.setattr(blocks, "SHARE_FROM", 1)
     monkeypatch.setattr(blocks, "n_cores", lambda: 2)
@@ -169,7 +171,7 @@ def test_a_bank_from_an_array_is_in_the_store_like_any_other(tmp_path):
     store = Store(tmp_path)
     [first] = store.fetch([SHORT], bank=bank, progress=False)
     assert first.weights.d_exemplar == 12 and len(list(store.entries())) == 1
-    [again] = store.fetch([SHORT], bank=from_array(x.astype(np.float32)), progress=False)  # its contents name it
+    [again] = store.fetch([SHORT], bank=from_array(x.astype(np.float32)), progress=False)  # a bank is named by its contents
     same(first, again)
     store.fetch([SHORT], bank=other, progress=False)
     assert len(list(store.entries())) == 2
@@ -189,7 +191,7 @@ def test_an_array_that_is_no_bank_is_refused(features, images, words):
 # New fields keep old runs.
 
 def grown(kind, **extra):
-    """The package's class with one more field, as a later version would have it."""
+    """The package's class with one more field, as a later version could have it."""
     return make_dataclass(kind.__name__, [("dropout", float, field(default=0.0))], bases=(kind,), frozen=True,
                           namespace={"__module__": kind.__module__, "__doc__": kind.__doc__})
 
@@ -215,17 +217,125 @@ def test_a_field_that_is_added_keeps_old_runs(small_bank, tmp_path):
 
 
 def test_a_reader_s_fields_are_all_in_the_digest():
-    """Its defaults are its own to change: they are not left out."""
+    """A reader may change the defaults of a class, so the digest does not leave them out."""
     one, two = (make_dataclass("Mine", [("strength", float, default)], frozen=True, namespace={"writes": LookAtSelf.__call__})
                 for default in (1.0, 2.0))
     assert RunConfig(clamps=[one()]).digest != RunConfig(clamps=[two()]).digest
+
+
+WATCHED = """
+from dataclasses import dataclass
+from typing import ClassVar
+from ihbook.clamps import Write
+
+def make(captured):
+    @dataclass(frozen=True)
+    class Mine:
+        {attribute}
+        strength: float = 1.0
+        def writes(self, shape, factor={default}):
+            return [Write("v", 1, ~shape.zeros("v"), ((factor * captured, None),))]
+    return Mine
+"""
+
+
+def test_all_of_a_readers_class_is_in_the_digest(tmp_path, monkeypatch):
+    """Attributes that are no fields, defaults of methods, and values that a closure captures: an edit of one is another run."""
+    monkeypatch.syspath_prepend(tmp_path)
+    made = iter(range(100))
+
+    def digest(attribute="weight = 0.5", default=1.0, captured=1.0):
+        name = f"watched_{next(made)}"
+        (tmp_path / f"{name}.py").write_text(WATCHED.format(attribute=attribute, default=default))
+        return RunConfig(clamps=[importlib.import_module(name).make(captured)()]).digest
+
+    variants = [{}, {"attribute": "weight = 0.9"}, {"attribute": "weight: ClassVar[float] = 0.7"}, {"default": 2.0}, {"captured": 2.0}]
+    assert len({digest(**each) for each in variants}) == len(variants) and digest() == digest(attribute="weight: ClassVar = 0.5")
+    assert digest(attribute="broadcasts = True") == digest(attribute="extra_pass = True")  # they change no result
+    with pytest.raises(TypeError, match="Mine.weight holds a value that can't be part of a digest"):
+        digest(attribute="weight = {1, 2}")
+    mine = importlib.import_module("watched_0").make(1.0)
+    before = RunConfig(clamps=[mine()]).digest
+    mine.weight = 0.8
+    assert RunConfig(clamps=[mine()]).digest != before
+
+
+def test_a_metric_without_source_is_refused_too():
+    names = {"__name__": "nowhere"}
+    exec("class Nowhere:\n    name = 'x'\n    def __call__(self, acts, batch):\n        return 1\n", names)
+    with pytest.raises(TypeError, match="source of Nowhere.__call__ can't be read"):
+        _ = replace(SHORT, metrics=[dataclass(frozen=True)(names["Nowhere"])()]).digest
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: Write("v", 1, None, (1.0, None)), r"the term 1.0; terms are pairs"),
+    (lambda: Write("v", 1, None, ((None, 1.0),)), "terms are pairs"), (lambda: Shape(2, 8, 2).zeros("patern"), "'patern' is not known"),
+    (lambda: During(Copy((1, 0)), "a"), "During: start='a'"), (lambda: During(Copy((1, 0)), 5, 5), "start < until"),
+    (lambda: RunConfig(clamps=[Copy]), "the class Copy; give one made of it"),
+    (lambda: RunConfig(metrics=[dataclass(Unfrozen)()]), "Unfrozen a frozen dataclass"),
+    (lambda: train(RunConfig()), "give a list of them"), (lambda: train([RunConfig()], bank=np.zeros((3, 2, 4))), "from_array"),
+    (lambda: claims.Claim("x", "", "", "", ""), "one of them at least"), (lambda: claims.Claim("x", "", "", "", "", 2, 1), "low at most high"),
+])
+def test_what_a_new_reader_may_get_wrong_is_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+class Unfrozen:
+    name: str = "mine"
+
+    def __call__(self, acts, batch):
+        return acts.logits[:, :, 0]
+
+
+@dataclass(frozen=True)
+class Returns:
+    """A clamp that gives what it is told to."""
+
+    what: tuple
+
+    def writes(self, shape):
+        return {"one": self.write(shape, None), "nothing": None, "none": [self.write(shape, lambda acts: None)],
+                "matrix": [self.write(shape, lambda acts: torch.eye(5))], "mask": [replace(self.write(shape, None), where=np.ones(3))],
+                "vector": [replace(self.write(shape, None), terms=((torch.ones(64), None),))],
+                "mlp": [replace(self.write(shape, None), name="mlp_out")]}[self.what]
+
+    def write(self, shape, source):
+        return Write("resid_pre", 1, ~shape.zeros("resid_pre"), ((1.0, source),))
+
+
+@pytest.mark.parametrize("what, words", [
+    ("one", "must return a list of Writes"), ("nothing", "must return a list of Writes"), ("none", "must be a tensor of 4 axes"),
+    ("matrix", r"resid_pre is to be \[5, 5\]"), ("mask", "where of float64"), ("vector", r"give \[1, 64\]"),
+    ("mlp", r"without an MLP \(mlp_ratio=0\) has no mlp_out"),
+])
+def test_what_a_clamp_may_get_wrong_is_named(what, words, networks, batch):
+    with pytest.raises(ValueError, match=words):
+        run_with_clamps(networks[0], batch, [Returns(what)])
+
+
+def test_sequences_of_another_bank_are_named(networks, batch):
+    other = replace(batch, bank=torch.zeros(1, 200, 12))
+    for measuring in (run_with_clamps, measure):
+        with pytest.raises(ValueError, match="have 12 features, but the network takes 32"):
+            measuring(networks[0], other)
+    with pytest.raises(ValueError, match="Copy is a class"):
+        measure(networks[0], batch, [(During(Copy, 0, 5),)])
+
+
+def test_what_is_printed_is_short(networks, batch, small_bank):
+    [result] = train([SHORT], bank=small_bank, progress=False)
+    acts = run_with_clamps(networks[0], batch)
+    assert max(len(repr(each)) for each in (result, small_bank, acts)) < 400 and "pattern[1]" in repr(acts)
+    with pytest.raises(KeyError, match=r"give \[name, layer\]"):
+        acts["pattern"]
 
 
 # What a clamp declares.
 
 @dataclass(frozen=True)
 class HalfUnclamped:
-    """Half of a head's values, from the unclamped pass."""
+    """A clamp that sets a head's values to half of those in the unclamped pass."""
 
     extra_pass = True
 
@@ -301,18 +411,21 @@ def test_the_layer_of_the_induction_heads(networks, batch):
     assert experiments.induction_layer(result, batch) == 1 and len(strength) == 2
 
 
-# What is shipped.
+# The wheel.
 
 @pytest.mark.slow
 def test_an_installed_wheel_has_all_it_needs(tmp_path):
-    """Built from the checkout, installed into a fresh environment beside its dependencies, and used from elsewhere."""
+    """The wheel is built from the checkout, installed into a fresh environment, and used from another folder."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT], check=True)
+    (tmp_path / "source").mkdir()
+    for name in ("ihbook", "pyproject.toml", "README.md", "LICENSE"):  # a copy, since building leaves a folder behind
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / "source" / name)
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, tmp_path / "source"], check=True)
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / ("Scripts" if os.name == "nt" else "bin") / "python"
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     ours, theirs = (subprocess.check_output([who, "-c", where], text=True).strip() for who in (sys.executable, python))
-    (Path(theirs) / "dependencies.pth").write_text(ours + "\n")  # its path files, such as an editable ihbook's, are not read there
+    (Path(theirs) / "dependencies.pth").write_text(ours + "\n")  # .pth files there, such as an editable ihbook's, are not read
     [wheel] = tmp_path.glob("ihbook-*.whl")
     subprocess.run([python, *pip[1:], "install", "--no-deps", wheel], check=True)
     script = tmp_path / "script.py"

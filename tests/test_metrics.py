@@ -61,7 +61,7 @@ def test_chunks_do_not_change_a_mean(networks, batch):
 
 
 def test_one_network_under_many_clamps_is_computed_once_where_they_agree(networks, batch):
-    """Every case, together, where what comes before the first difference is shared, and as networks of their own."""
+    """Every case gives the same with a shared prefix, up to where the clamps differ, as with a network of its own."""
     lists = list(golden_clamps(networks[1]).values())
     for some in (lists, lists[:1] * 3):  # also where nothing differs at all
         shared, own = metrics.measure(networks[0], batch, some), metrics.measure([networks[0]] * len(some), batch, some)
@@ -75,7 +75,7 @@ def test_one_network_under_many_clamps_is_computed_once_where_they_agree(network
 
 @dataclass(frozen=True)
 class Gathered:
-    """A reader's clamp, whose source takes activations and sequences to have as many runs."""
+    """A reader's clamp whose source expects run axes of the same length in activations and sequences."""
 
     def writes(self, shape):
         return [clamps.Write("logits", None, ~shape.zeros("logits"), ((1.0, self.source),))]
@@ -121,7 +121,7 @@ def test_the_plateau_and_the_fall_after_it():
 
 
 def test_the_authors_curve_meets_the_claims_about_its_shape():
-    """Else a claim would ask more of others than the paper shows."""
+    """Otherwise a claim would ask for more than the paper shows."""
     curves = pd.read_csv(shared("reference/curves.csv"))
     curve = curves[(curves["run"] == "main") & (curves["eval_set"] == "train")]
     change = metrics.phase_change(curve.melt(["run", "sequences", "eval_set"], var_name="metric"))
@@ -168,7 +168,7 @@ def test_who_is_right_where_the_first_is_wrong(networks, batch):
 def test_half_way_up_is_interpolated():
     heads = pd.DataFrame([(at, layer, 3, at / 100 * (layer + 1)) for at in (0, 10, 20) for layer in (0, 1)],
                          columns=["sequences", "layer", "head", "strength"])
-    assert experiments.half_way(heads, {3: 0.3}) == pytest.approx([7.5])  # 0.15, at 0.02 a sequence
+    assert experiments.half_way(heads, {3: 0.3}) == pytest.approx([7.5])  # 0.15, at 0.02 per sequence
     assert math.isnan(experiments.half_way(heads, {3: 2.0})[0])
 
 

@@ -45,7 +45,7 @@ def test_activations_have_their_names_and_shapes(networks, batch):
     z = torch.einsum("rbhqk,rbkhd->rbqhd", acts["pattern", 1], acts["v", 1])
     torch.testing.assert_close(acts["z", 1], z)
     torch.testing.assert_close(acts["resid_pre", 0] + acts["attn_out", 0], acts["resid_pre", 1])
-    with pytest.raises(KeyError, match="no activation 'paterns' of layer 1"):
+    with pytest.raises(KeyError, match=r"no activation \('paterns', 1\)"):
         acts["paterns", 1]
 
 
@@ -121,7 +121,7 @@ def test_as_many_positions_as_the_table_has():
 
 
 def test_noise_reaches_the_network_on_every_path():
-    """A bank small enough to be embedded whole, and one that is not, with and without noise."""
+    """The logits are right for a bank small enough to be embedded whole and for a larger one, with and without noise."""
     weights = m.initial_weights(ModelConfig(), 16, 5, 0)
     generator = torch.Generator().manual_seed(0)
     bank, labels = torch.randn(1, 10, 16, generator=generator), torch.randint(0, 5, (1, 40, 3), generator=generator)
@@ -142,7 +142,7 @@ def test_architecture_is_part_of_what_weights_are(networks):
 
 @pytest.mark.parametrize("positions, angles", [("rotary", [1.0, 0.1]), ("sinusoidal", [1.0, 0.01])])
 def test_positions_follow_their_formula(positions, angles):
-    """Rotary: pair i of a head's features turns by pos · base^(-2i / d_head). Sinusoidal: sin and cos of pos · 10000^(-2i / d)."""
+    """Rotary: pair i of a head's features turns by pos · base^(-2i/d_head). Sinusoidal: sin and cos of pos · 10000^(-2i/d)."""
     config = ModelConfig(d_model=4, n_heads=1, positions=positions, rotary_base=100.0)
     weights = m.initial_weights(config, 4, 5, 0)
     batch = from_exemplars(torch.randn(3, 3, 4), torch.zeros(3, 3))

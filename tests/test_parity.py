@@ -22,7 +22,7 @@ NAMES = [*clamps(DONOR), *VARIANTS, "four_pairs"]
 
 @pytest.fixture(scope="module", params=["compact", "full"])
 def record(request, golden):
-    """The golden numbers: the compact copy, and the full record where it is at hand."""
+    """The golden numbers: the compact copy, and the full record where it exists."""
     if request.param == "compact":
         return golden
     return read_npz(shared("golden/golden.npz"))
@@ -67,12 +67,12 @@ def test_forward_and_gradients(name, query_only, record, networks, batch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attention(name, record, networks, batch):
-    """The patterns, after clamps. Three cases record another pass than the one that a clamp's definition names."""
+    """The patterns under clamps agree. Two cases record another pass than the one that a clamp's definition names."""
     weights, batch, chosen = case(name, record, networks, batch)
     patterns = [run_with_clamps(weights, batch, chosen)["pattern", i][0] for i in range(weights.config.n_layers)]
-    if name == "layer1_copy":  # both layers' are the ordinary pass's
+    if name == "layer1_copy":  # both layers' patterns are those of the unclamped pass
         patterns = [run_with_clamps(weights, batch)["pattern", i][0] for i in (0, 1)]
-    elif name == "graft_from_layer2_of_donor":  # Layer 1's is the donor's own, on its own embeddings
+    elif name == "graft_from_layer2_of_donor":  # Layer 1's pattern is the donor's, on its own embeddings
         patterns[0] = run_with_clamps(networks[1], batch)["pattern", 0][0]
     expected = record[f"{name}/attention"]
     ours = torch.stack(patterns, 1).numpy()[:len(expected)]
@@ -82,7 +82,7 @@ def test_attention(name, record, networks, batch):
 
 @pytest.mark.parametrize("grouping", ["family", "alone"])
 def test_25_training_steps(grouping, record, networks):
-    """Adam at lr 1e-3 from the golden weights, by the engine's own step: every case, as one family and one by one."""
+    """The engine's own step of Adam at lr 1e-3, from the golden weights: every case, as one family and one by one."""
     cases = clamps(networks[1])
     run = RunConfig(model=ModelConfig(), lr=1e-3)
     for names in [list(cases)] if grouping == "family" else [[name] for name in cases]:
@@ -92,12 +92,12 @@ def test_25_training_steps(grouping, record, networks):
 @pytest.mark.slow
 @pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_25_training_steps_compiled(record, networks):
-    """The same, compiled: all the clamps in one program."""
+    """The compiled step gives the same, with all the clamps in one program."""
     cases = clamps(networks[1])
     run = RunConfig(model=ModelConfig(), lr=1e-3)
     program = compiled.program_for(True, "cpu")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", "training is not compiled")  # but by the plain step, where a clamp can't be
+        warnings.filterwarnings("error", "training is not compiled")  # a clamp that can't be compiled fails here
         check_25_steps(program.step, list(cases), cases, run, record, networks[0])
 
 

@@ -1,4 +1,4 @@
-"""Against the authors' trained network, and against their training curves."""
+"""Agreement with the authors' trained network, and with their training curves."""
 
 import numpy as np
 import pandas as pd
@@ -7,8 +7,9 @@ import torch
 from cases import ONLY_3
 from conftest import read_npz, shared, tensors
 
-from ihbook import metrics, train
+from ihbook import metrics, task, train
 from ihbook.banks import load_bank
+from ihbook.chapters.experiments import others
 from ihbook.clamps import Ablate, Copy, Induction, PerfectLayer1, Preserve, PreviousToken
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.model import Weights
@@ -17,10 +18,10 @@ from ihbook.model import Weights
 @pytest.fixture(scope="module")
 def analysis(reference):
     """The network, all of its training sequences, and the authors' numbers."""
-    task = TaskConfig(label_sets=tuple(map(tuple, reference["measured"]["train_label_pairs"])))
-    train_sets, test_sets = task.label_sets(task)
+    chosen = TaskConfig(label_sets=tuple(map(tuple, reference["measured"]["train_label_pairs"])))
+    train_sets, test_sets = task.label_sets(chosen)
     ids = torch.arange(50)[:, None]
-    splits = task.Splits(task, reference["features"], ids, ids[:, :0], ids[:0], train_sets, test_sets)
+    splits = task.Splits(chosen, reference["features"], ids, ids[:, :0], ids[:0], train_sets, test_sets)
     return reference["weights"], task.every_training_sequence(splits), reference["measured"]
 
 
@@ -29,11 +30,11 @@ def test_final_network_gives_the_authors_numbers(analysis):
     weights, batch, expected = analysis
     assert len(batch) == expected["n_sequences"] == 78_400
     heads = range(8)
-    alone = [Ablate(metrics.others(1, h, 8)) for h in heads]
+    alone = [Ablate(others(1, h, 8)) for h in heads]
     strongest = max(heads, key=lambda h: expected["induction_strength"][h])
     pt = sorted(heads, key=lambda h: -expected["previous_token_attention_at_labels_layer1"][h])[:3]
     assert pt == expected["top3_previous_token_heads"] and strongest == 3
-    cut_pt, cut_rest = Ablate(tuple((0, h) for h in pt)), Ablate(metrics.others(0, pt, 8))
+    cut_pt, cut_rest = Ablate(tuple((0, h) for h in pt)), Ablate(others(0, pt, 8))
     layer_1 = Ablate(tuple((0, h) for h in heads))
 
     plain = metrics.measure(weights, batch)
@@ -57,7 +58,7 @@ def test_final_network_gives_the_authors_numbers(analysis):
         assert np.abs(value.numpy() - np.array(expected[name])).max() <= 1e-3, name
 
 
-RUNS = {  # clamps, and sequences enough to get past the phase change
+RUNS = {  # clamps, and enough sequences to get past the phase change
     "main": ((), 400_000),
     "noclamp": ((ONLY_3,), 400_000),
     "pt": ((ONLY_3, PreviousToken((0, 2))), 300_000),
@@ -66,18 +67,18 @@ RUNS = {  # clamps, and sequences enough to get past the phase change
     "copy": ((Copy((1, 3)),), 70_000),
     "layer1copy": ((PerfectLayer1(), Copy((1, 3))), 40_000),
 }
-DATA_SEEDS = range(5)  # one order of the data moves the time by a percent or two, as much as lies between two of the runs
+DATA_SEEDS = range(5)  # the order of the data moves the time by 1–2 %, as much as lies between two of the runs
 
 
 @pytest.mark.slow
 def test_training_follows_the_authors_curves(reference):
-    """The time of the phase change: within 10 % for each run and data order, and the medians in the authors' order."""
+    """The time of the phase change is within 10 % for each run and data order, and the medians are in the authors' order."""
     curves = pd.read_csv(shared("reference/curves.csv"))
     initial = Weights(ModelConfig(), tensors(read_npz(shared("reference/initial_weights.npz")), ""))
     bank = load_bank(BankConfig(name="authors", path=str(shared("data/omniglot_relu.h5"))))
-    task = TaskConfig(label_sets=tuple(map(tuple, reference["measured"]["train_label_pairs"])))
-    runs = {(name, seed): RunConfig(task=task, clamps=chosen, initial=initial, data_seed=seed, n_sequences=n, eval_every=5000)
-            for name, (chosen, n) in RUNS.items() for seed in DATA_SEEDS}
+    chosen = TaskConfig(label_sets=tuple(map(tuple, reference["measured"]["train_label_pairs"])))
+    runs = {(name, seed): RunConfig(task=chosen, clamps=clamps, initial=initial, data_seed=seed, n_sequences=n, eval_every=5000)
+            for name, (clamps, n) in RUNS.items() for seed in DATA_SEEDS}
     results = train(list(runs.values()), bank=bank, progress=False)
     ours = pd.Series([metrics.phase_change(r.metrics) for r in results], pd.MultiIndex.from_tuples(runs)).unstack()
     theirs = pd.Series({name: metrics.phase_change(curves[curves["run"] == name].melt(

@@ -1,4 +1,4 @@
-"""The store: what is stored is read and not trained, what is damaged is trained again, and nobody's work is lost."""
+"""The store: stored runs are read and not trained, damaged runs are trained again, and no work is lost."""
 
 import errno
 import json
@@ -69,7 +69,7 @@ def test_a_longer_run_serves_its_beginning(store, small_bank, monkeypatch):
     same(short, plain)
     with pytest.raises(AssertionError, match="was trained"):  # no checkpoint there
         fetch(store, [replace(run, n_sequences=960)], small_bank)
-    with pytest.raises(AssertionError, match="was trained"):  # a longer one than is stored
+    with pytest.raises(AssertionError, match="was trained"):  # the stored run is shorter
         fetch(store, [replace(run, n_sequences=4000)], small_bank)
 
 
@@ -155,13 +155,13 @@ def test_two_processes_train_a_run_once(store, tmp_path, small_bank):
     processes = [start(store, tmp_path, lengths) for lengths in ([16_000, 32_000], [32_000])]
     steps = [int(p.communicate(timeout=300)[0]) for p in processes]
     assert [p.returncode for p in processes] == [0, 0]
-    assert sorted(steps) in ([0, 1000], [500, 1000])  # who came first trained all it needs; the other the rest
+    assert sorted(steps) in ([0, 1000], [500, 1000])  # the first process trains all it needs, the other one the rest
     assert len(list(store.entries())) == 2
 
 
 @pytest.mark.slow
 def test_killed_at_several_moments_and_resumed_bit_for_bit(store, tmp_path, small_bank):
-    """SIGKILL: it may fall in a step, a save, an evaluation, or the storing of results."""
+    """SIGKILL may come during a step, a save, an evaluation, or the storing of results."""
     lengths = [32_000, 16_000]
     for seconds in (0.3, 0.05, 0.6, 0.2):
         process = start(store, tmp_path, lengths)
@@ -284,7 +284,7 @@ def test_what_cannot_be_stored_leaves_nothing_behind(store, small_bank, monkeypa
         patched.setattr(folders, "write", full)
         store.put(prepared, result)
     assert not list((store.root / "runs").iterdir())
-    same(store.put(prepared, result), result)  # a result whose checkpoints are in memory, too
+    same(store.put(prepared, result), result)  # also a result whose checkpoints are in memory
     umask = os.umask(0)
     os.umask(umask)
     assert next(store.entries()).folder.stat().st_mode & 0o777 == 0o777 & ~umask  # others may read a shared store

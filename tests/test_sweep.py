@@ -1,4 +1,4 @@
-"""Sweeps and spread runs: a grid of points, here and on a real Dask cluster on loopback."""
+"""Sweeps, and runs on workers: here, in processes, and on a real Dask cluster on loopback."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def notebook(tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Dask scheduler and two workers of one thread each, real processes; its address and the workers."""
+    """A Dask scheduler and two workers of one thread each, as processes: the address, the workers, a function to start one."""
     pytest.importorskip("distributed", reason="Dask is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +74,7 @@ def cluster():
 
 
 def wait_for(address, n):
-    """Until so many workers are there."""
+    """Wait until the cluster has `n` workers."""
     for _ in range(60):
         try:
             with spread.connect(address) as client:
@@ -86,7 +86,7 @@ def wait_for(address, n):
 
 
 def training():
-    """How many threads of a worker train; called there."""
+    """The number of threads that train; called on a worker."""
     n = 0
     for frame in sys._current_frames().values():
         while frame is not None:
@@ -145,7 +145,7 @@ def test_a_sweep_of_nothing_but_failures(notebook, tmp_path):
 
 @pytest.mark.slow
 def test_values_of_several_kinds_and_places_that_are_relative(notebook, tmp_path, monkeypatch):
-    """None beside numbers and strings; a folder from where the command was given; two colours."""
+    """A parameter has None, numbers and strings; `out` is relative to the working folder; three parameters vary."""
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(2) as pool:
         done = sweep.sweep("chapter.ipynb", {"x": [1, 2], "wait": [None, 0, ""], "seed": np.arange(2)}, "out", executor=pool,
@@ -177,7 +177,7 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_runs(notebook, 
 @pytest.mark.slow
 def test_processes_give_the_same_table(notebook, tmp_path):
     here = sweep.sweep(notebook, GRID, tmp_path / "here", progress=False)
-    with sweep.places(processes=2) as pool:
+    with sweep.executor_for(processes=2) as pool:
         there = sweep.sweep(notebook, GRID, tmp_path / "there", executor=pool, progress=False)
     pd.testing.assert_frame_equal(here.table, there.table)
 
@@ -186,7 +186,7 @@ def test_processes_give_the_same_table(notebook, tmp_path):
 @pytest.mark.slow
 def test_a_sweep_on_a_cluster_and_a_worker_killed_in_the_middle(notebook, tmp_path, cluster):
     address, workers, start = cluster
-    with sweep.places(scheduler=address) as executor:
+    with sweep.executor_for(scheduler=address) as executor:
         done = sweep.sweep(notebook, GRID, tmp_path / "out", executor=executor, progress=False)
     assert rows(done.table) == expected() and not done.failed
 
@@ -230,7 +230,7 @@ def test_runs_on_a_cluster_are_those_trained_here(tmp_path, cluster):
     stored = Store(tmp_path / "there")
     assert not stored.verify() and len(list(stored.entries())) == 4
     assert {path.name for path in (tmp_path / "there/runs").iterdir()} == {path.name for path in (tmp_path / "here/runs").iterdir()}
-    again = stored.fetch(runs, progress=False)  # read back, with no executor
+    again = stored.fetch(runs, progress=False)  # read back, without a client
     assert all(a.weights == b.weights for a, b in zip(again, there, strict=True))
 
 
@@ -251,8 +251,8 @@ def test_train_with_a_client_needs_no_store(tmp_path, cluster):
 @pytest.mark.xdist_group("cluster")
 @pytest.mark.slow
 def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
-    """A family of hours: its worker is free again within seconds of the end of the call that asked for it."""
-    runs = [replace(RUN, n_sequences=10**9, lr=1e-3), RUN]  # of two families, a worker each
+    """A family would train for hours; its worker is free again within seconds of the end of the call."""
+    runs = [replace(RUN, n_sequences=10**9, lr=1e-3), RUN]  # two families, one per worker
     with spread.connect(cluster[0]) as client:
         asked = spread.train_on_workers(client, prepare(runs), progress=False)
         assert next(asked)[0] == 1 and sum(client.run(training).values()) == 1
@@ -266,7 +266,7 @@ def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
 @pytest.mark.xdist_group("cluster")
 @pytest.mark.slow
 def test_a_bank_of_ones_own_travels_to_the_workers(tmp_path, cluster, small_bank):
-    runs = seeds(replace(RUN, bank=BankConfig()), 2)  # the config says glyphs: what is given serves in their place
+    runs = seeds(replace(RUN, bank=BankConfig()), 2)  # the config says glyphs; the bank given replaces them
     with spread.connect(cluster[0]) as client:
         there = Store(tmp_path / "there").fetch(runs, bank=small_bank, client=client, progress=False)
     here = Store(tmp_path / "here").fetch(runs, bank=small_bank, progress=False)
@@ -316,9 +316,9 @@ def test_what_a_worker_sends_is_verified(tmp_path):
 
 def test_workers_are_sent_what_they_are_made_for():
     small, large, gpu = spread.Worker("a", 1, False), spread.Worker("b", 3, False), spread.Worker("c", 4, True)
-    take = spread.shares([list(range(700)), [700, 701, 702], []])
+    take = spread.share_out([list(range(700)), [700, 701, 702], []])
     assert take(small) == list(range(8)) and take(large) == list(range(8, 16))
-    assert take(gpu) == list(range(16, 528)) and take(gpu) == list(range(528, 700))  # a family is of one group
+    assert take(gpu) == list(range(16, 528)) and take(gpu) == list(range(528, 700))  # a share is of one group
     assert [take(small), take(small)] == [[700, 701, 702], []]
     assert [worker.jobs for worker in (small, large, gpu)] == [1, 3, 1]
 

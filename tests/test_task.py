@@ -1,4 +1,4 @@
-"""Sequences: what may stand in them, what is held out, and how many there are."""
+"""Sequences: what they may contain, what is held out, and how many there are."""
 
 import math
 
@@ -35,7 +35,7 @@ def test_a_sequence_asks_for_a_class_that_it_shows(splits):
     pairs = labels[:, :2].sort(1).values
     assert {tuple(p) for p in pairs.tolist()} == sets
     flipped = (labels[:, 0] > labels[:, 1]).float().mean()
-    assert abs(flipped - 0.5) < 0.03  # a coin decides which of the pair's labels goes where
+    assert abs(flipped - 0.5) < 0.03  # the order of the two labels is random
 
 
 @pytest.mark.parametrize("n_labels, train, held", [(5, 8, 2), (10, 36, 9), (15, 84, 21)])
@@ -79,7 +79,7 @@ def test_splits_keep_classes_and_exemplars_apart(splits, small_bank):
     assert members("test_classes") == rows(slice(30, 40), slice(0, 1))
     held = {tuple(s) for s in splits.test_sets.tolist()}
     assert {tuple(p) for p in sets["test_relabel"].labels[0, :, :2].sort(1).values.tolist()} == held
-    # a held-out exemplar's class stands behind its id: two exemplars a class
+    # Each class has two held-out exemplars, so the class is half of the id.
     ids = sets["test_exemplars"].ids[0] // 2
     assert ((ids[:, :2] == ids[:, 2:]).sum(1) == 1).all()
 
@@ -122,7 +122,7 @@ def test_zipf_makes_the_first_classes_common(small_bank):
         ids = draw(small_bank, zipf=zipf).ids[0]
         p = torch.arange(1, 21) ** -zipf
         p = p / p.sum()
-        second = (p[:, None] * p / (1 - p[:, None])).fill_diagonal_(0).sum(0)  # one drawn after another, without return
+        second = (p[:, None] * p / (1 - p[:, None])).fill_diagonal_(0).sum(0)  # one after another, without replacement
         for place in (0, 1):  # pairs come in random order
             counts = torch.bincount(ids[:, place], minlength=20).float()
             torch.testing.assert_close(counts / counts.sum(), (p + second) / 2, atol=0.03, rtol=0)
@@ -175,7 +175,7 @@ def test_concatenated_runs_keep_their_own_banks(small_bank):
 def test_bursts_and_queries_fall_anywhere(small_bank):
     bursty = draw(small_bank, n_pairs=4, burstiness=2).ids[0]
     first_twice = (bursty[:, 0] == bursty[:, 1]).float().mean()
-    assert abs(first_twice - 1 / 3) < 0.04  # of the three that may stand beside the first, one is its twin
+    assert abs(first_twice - 1 / 3) < 0.04  # one of the three that may follow the first is its copy
     four = draw(small_bank, n_pairs=4).ids[0]
     place = (four[:, :4] == four[:, 4:]).float().mean(0)
     assert (place - 0.25).abs().max() < 0.04

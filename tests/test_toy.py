@@ -1,4 +1,4 @@
-"""The toy model: its loss, its gradient descent, what clamps do to it."""
+"""The toy model: its loss, its gradient descent, and the effect of clamps."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def test_the_loss_is_that_of_the_tensors():
 
 
 def test_a_step_is_down_the_gradient():
-    """The gradient as the chapter prints it, for one vector, two iterations."""
+    """The losses before and after one step follow from the gradient as the chapter prints it, for one vector."""
     table = toy.descend([3], ["b", "c"], n_dims=4, n_iterations=1, lr=0.5)
     generator = torch.Generator().manual_seed(3)
     truth = {n: torch.randn(4, generator=generator, dtype=torch.float64) for n in toy.NAMES}

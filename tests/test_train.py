@@ -40,7 +40,7 @@ RUN = RunConfig(task=TaskConfig(n_classes=10, n_test_classes=10), model=MODEL, n
 
 
 def same(a, b):
-    """Bit for bit the same result."""
+    """Assert that two results are the same bit for bit."""
     pd.testing.assert_frame_equal(a.metrics, b.metrics, check_exact=True)
     pd.testing.assert_frame_equal(a.heads, b.heads, check_exact=True)
     assert a.weights == b.weights and a.checkpoints == b.checkpoints
@@ -79,7 +79,7 @@ def test_the_same_run_gives_the_same_bits(small_bank):
 
 @pytest.mark.slow
 def test_a_family_equals_each_run_alone(small_bank):
-    """Every clamp, 500 steps, lengths and data of their own."""
+    """Runs with every clamp, 300 or 500 steps, and data of their own."""
     other = initial_weights(MODEL, 16, 5, 77)
     steady = replace(RUN, n_sequences=16_000, lr=5e-4, eval_every=4000, checkpoint_every=0)
     kinds = [(), (clamps.Ablate((0, 0)),), (clamps.Ablate((0, 0)), clamps.Preserve("values")),
@@ -98,7 +98,7 @@ def test_a_family_equals_each_run_alone(small_bank):
         [alone] = train([run], small_bank)
         assert together.run == run
         for name, tensor in alone.weights.tensors.items():
-            # Projections of embeddings that are 0 have gradients of mere rounding, which Adam enlarges; they do nothing.
+            # Where the embeddings are 0, their projections have no effect; Adam amplifies gradients that are only rounding.
             if (clamps.AblateEmbedding(),) != run.clamps or "qkv" not in name:
                 torch.testing.assert_close(together.weights.tensors[name], tensor, atol=1e-4, rtol=1e-3)
         pd.testing.assert_frame_equal(together.metrics, alone.metrics, atol=1e-4, rtol=1e-4)
@@ -189,7 +189,7 @@ train.train([RUN], bank=BANK, directory=sys.argv[1], progress=False)
 
 @pytest.mark.slow
 def test_a_killed_process_loses_little_and_resumes_bit_for_bit(small_bank, tmp_path, monkeypatch):
-    """SIGKILL at a moment of its own choosing, twice; then to the end here."""
+    """Two processes are killed (SIGKILL) at arbitrary moments; then this one trains to the end."""
     run = replace(RUN, n_sequences=32_000)
     (tmp_path / "tests_of_resume.py").write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport torch\nfrom test_train import RUN as R\n"
@@ -218,7 +218,7 @@ def test_an_unwritable_directory_is_a_clear_error(small_bank, tmp_path):
 
 
 def test_a_window_makes_a_difference_only_inside(small_bank):
-    """Before the window, the run is the unclamped one; in it, it is not."""
+    """Before the window, the run equals the unclamped one; inside the window, it does not."""
     clamp = clamps.During(clamps.Induction((1, 0)), 1600, 2400)
     plain, windowed = (train([replace(RUN, clamps=c)], small_bank)[0] for c in ((), (clamp,)))
     assert all(plain.checkpoints[s] == windowed.checkpoints[s] for s in (0, 800, 1600))
@@ -297,11 +297,11 @@ def test_digests_name_values():
         encode(object())
 
 
-# Blocks in processes of their own, which long runs get on a CPU.
+# Blocks train in processes of their own, as long runs do on a CPU.
 
 @dataclass(frozen=True)
 class Own:
-    """A clamp that only this file knows: it has to travel by value."""
+    """A clamp that only this file defines, so that processes have to get it by value."""
 
     def writes(self, shape):
         return [clamps.Write("v", 1, ~shape.zeros("v"), ((0.5, None),))]
@@ -309,7 +309,7 @@ class Own:
 
 @pytest.fixture
 def processes(monkeypatch):
-    """As on a machine of two cores, with runs that count as long but are not compiled."""
+    """Pretend that the machine has two cores, and that 50 run-steps are enough to use processes, but not to compile."""
     monkeypatch.setattr(planning, "SHARE_FROM", 50)
     monkeypatch.setattr(planning, "n_cores", lambda: 2)
 
@@ -323,7 +323,7 @@ def many(n_sequences=RUN.n_sequences):
 def test_processes_give_what_this_process_gives(small_bank, processes, tmp_path):
     runs = many()
     blocks = planning.plan_blocks(prepare(runs, small_bank), tmp_path)
-    assert [len(block.family) for block in blocks] == [4, 3]  # one a core
+    assert [len(block.family) for block in blocks] == [4, 3]  # one per core
     assert sorted(i for block in blocks for i in block.places) == list(range(7))
     results = train(runs, small_bank, directory=tmp_path, compile=False)
     assert [r.run for r in results] == runs and not list(tmp_path.iterdir())
@@ -334,14 +334,14 @@ def test_processes_give_what_this_process_gives(small_bank, processes, tmp_path)
 
 
 def test_what_is_compiled_is_compiled_once(small_bank, processes, tmp_path):
-    """Runs of different clamps are one program, but those that need further passes; a task's blocks stay together."""
+    """Runs with different clamps share a program, unless a clamp needs an extra pass; the blocks of a task stay together."""
     wider = replace(RUN, task=replace(RUN.task, n_classes=RUN.task.n_classes - 1))
     windows = (clamps.During(clamps.Copy((1, 0)), until=320), clamps.During(clamps.Copy((1, 1)), start=320))
     asked = [replace(run, clamps=kind) for run in (RUN, wider)
              for kind in [(), windows, (clamps.Ablate((1, 0)),), (clamps.Ablate((1, 1)),), (clamps.Preserve("values"),)]]
     blocks = planning.plan_blocks(prepare(asked, small_bank), tmp_path, compile=True)
     together = {block.places[0]: block.compile_with for block in blocks}
-    assert {len(clamp_lists) for i, clamp_lists in together.items() if i % 5 != 4} == {4}  # none, one copy, the other, and ablation
+    assert {len(clamp_lists) for i, clamp_lists in together.items() if i % 5 != 4} == {4}  # none, each of two copies, ablation
     assert together[4] == together[9] == ((clamps.Preserve("values"),),)
     forms = set()
     for block in blocks:
@@ -350,7 +350,7 @@ def test_what_is_compiled_is_compiled_once(small_bank, processes, tmp_path):
     assert len(forms) == 2
     tasks = [block.family[0].run.task for block in blocks if block.places[0] % 5 != 4]
     assert [task == tasks[0] for task in tasks] == [True] * 4 + [False] * 4
-    # What is left of a call is trained by the programs of the whole call.
+    # The runs left of a stopped call use the programs of the whole call.
     left = planning.plan_blocks(prepare(asked[:1], small_bank), tmp_path, compile=True, asked=prepare(asked, small_bank))
     assert left[0].compile_with == together[0] and planning.plan_blocks(prepare(asked[:1], small_bank), tmp_path)[0].compile_with == ()
 
@@ -388,7 +388,7 @@ def test_processes_stop_save_and_go_on(small_bank, processes, tmp_path, number):
 
 
 def test_a_call_that_goes_on_keeps_its_blocks(small_bank, processes, tmp_path, monkeypatch):
-    """Also where planning what is left anew would make other blocks, or would not compile them."""
+    """It does so also where a new plan of the runs left would make other blocks, or would not compile them."""
     runs = prepare(training.seeds(RUN, 4), small_bank)
     monkeypatch.setitem(compiled.COMPILE_FROM, "cpu", 400)
     monkeypatch.setitem(compiled.BLOCK, "cpu", 2)
@@ -443,16 +443,16 @@ def test_processes_die_with_a_killed_parent_and_the_work_goes_on(small_bank, pro
         same(a, b)
 
 
-# What decides a result, one thing at a time.
+# What decides a result: one thing per test.
 
 def test_steps_see_at_least_the_sequences_asked_for():
     assert [replace(RunConfig(), n_sequences=n).n_steps for n in (1, 32, 33)] == [1, 1, 2]
 
 
 def test_a_default_that_changes_is_another_version():
-    """Defaults do not enter a digest: where one has changed, stored runs would be read that were trained otherwise. Fields may be added.
+    """Defaults do not enter a digest: after a change of one, the store would return runs with the old one. New fields do no harm.
 
-    Where this fails, raise `engine.VERSION` and write tests/data/defaults.json anew: `defaults_now()` and the version.
+    If this fails, raise `engine.VERSION` and rewrite tests/data/defaults.json with `defaults_now()` and the version.
     """
     record = json.loads((DATA / "defaults.json").read_text())
     assert record["version"] == engine.VERSION
@@ -466,7 +466,7 @@ def test_a_default_that_changes_is_another_version():
 
 
 def defaults_now():
-    """Every field that has a default, of a run and of each clamp."""
+    """The default of every field that has one, of a run, of each clamp and of `EvalSet`."""
     found = {"RunConfig": encode(RunConfig(), defaults=True)}
     for kind in sorted(catalogue() | {EvalSet}, key=lambda kind: kind.__name__):
         found[kind.__name__] = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
@@ -515,7 +515,7 @@ def test_every_step_has_sequences_of_its_own(small_bank, monkeypatch):
 
 
 def test_steps_are_those_of_torch(small_bank):
-    """Adam and SGD, against PyTorch's own, with gradients of every size."""
+    """Adam and SGD agree with PyTorch's own, with gradients of every size."""
     for optimiser, reference in (("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)):
         run = replace(RUN, optimiser=optimiser, lr=0.01)
         [each] = prepare([run], small_bank)
@@ -535,7 +535,7 @@ def test_steps_are_those_of_torch(small_bank):
 
 @pytest.mark.parametrize("changes", [{"warmup": 160}, {"schedule": "cosine"}, {"optimiser": "sgd", "warmup": 96, "schedule": "cosine"}])
 def test_schedules_are_applied_at_their_step(small_bank, changes):
-    """Against PyTorch's optimiser, given each step's rate."""
+    """The steps agree with PyTorch's optimiser, which is given each step's learning rate."""
     run = replace(RUN, n_sequences=320, lr=0.01, **changes)
     [each] = prepare([run], small_bank)
     schedule = family.Schedule([each], "cpu", step.PLAIN)
@@ -603,7 +603,7 @@ class Untraceable:
 @pytest.mark.slow
 @pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_a_compiled_program_serves_families_of_other_sizes_and_plans(small_bank):
-    """Guards are checked once for each; what was compiled for one must not be used for another."""
+    """What was compiled for one size or plan must not be used for another."""
     runs = [RUN, replace(RUN, n_sequences=1600), replace(RUN, clamps=(clamps.During(clamps.PreviousToken((0, 1)), 640, 1280),))]
     plain, compiled = (train(runs, small_bank, compile=compile) for compile in (False, True))
     for a, b in zip(plain, compiled, strict=True):
@@ -613,7 +613,7 @@ def test_a_compiled_program_serves_families_of_other_sizes_and_plans(small_bank)
 
 
 def test_a_compiled_program_is_for_arguments_in_one_order(small_bank, tmp_path, monkeypatch):
-    """It is called with a flat list, in which one moment could be taken for the other; a saved state keeps the order."""
+    """It takes a flat list, in which one moment could be taken for the other; a state that is loaded keeps the order."""
     made = []
     monkeypatch.setattr(compiled, "compiled", lambda plain, args, tensors: made.append(tensors) or (lambda *values: values))
     [each] = prepare([RUN], small_bank)
@@ -685,7 +685,7 @@ def test_a_stopped_call_keeps_the_blocks_that_it_had_finished(small_bank, tmp_pa
 
 @pytest.mark.slow
 def test_an_edited_clamp_is_another_run(tmp_path, monkeypatch):
-    """Names, constants and functions inside of a method count, in every process alike; layout, comments and docstrings do not."""
+    """Names, constants and functions inside a method count, alike in every process; layout, comments and docstrings do not."""
     source = """
 from dataclasses import dataclass
 import math
@@ -718,13 +718,13 @@ class Mine:
 
 
 def test_every_version_of_python_gives_a_clamp_the_same_digest():
-    """Pinned: whatever version runs the tests must agree, f-strings, comprehensions and all."""
-    assert code_digest(Telling) == "1b4d4e7ad970dde9"
+    """The digest is pinned: every version must agree, whatever it makes of f-strings, comprehensions and the rest."""
+    assert code_digest(Telling) == "5332cdfb6ad0135a"
 
 
 @dataclass(frozen=True)
 class Telling:
-    """Some of what versions of Python parse otherwise."""
+    """Some of the syntax that versions of Python parse differently."""
 
     head: tuple = (1, 0)
 
@@ -770,7 +770,7 @@ def test_a_stopped_call_without_a_directory_does_not_promise_anything(small_bank
 
 @dataclass(frozen=True)
 class Talks(Own):
-    """A clamp that prints, as a library written in C might, past Python's own output."""
+    """A clamp that prints past Python's own output, as a library written in C may."""
 
     def writes(self, shape):
         os.write(1, b"a warning of a library\n" * 10_000)
@@ -784,7 +784,7 @@ def test_what_a_training_process_prints_is_not_taken_for_a_message(small_bank, p
 
 
 def fake_programs(monkeypatch, seconds=0.0):
-    """`step._compiled` as a function that only says what it was made for."""
+    """Replace `compiled.compiled` by a function that only says what it was made for."""
     def fake(plain, args, tensors):
         time.sleep(seconds)
         made = [t.stride() for t in tensors], args[-1]
@@ -795,7 +795,7 @@ def fake_programs(monkeypatch, seconds=0.0):
 
 
 def test_a_program_is_not_used_for_tensors_that_lie_otherwise(monkeypatch):
-    """Two evaluation sets' chunks have one shape, and strides of their sets."""
+    """Chunks of two evaluation sets can have one shape, but they have the strides of their sets."""
     call = fake_programs(monkeypatch)
     plan, ids = Plan(), torch.zeros(2, 100, 3, dtype=torch.long)
     for whole in (ids, ids[:, :50].contiguous(), ids):

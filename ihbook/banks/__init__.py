@@ -1,5 +1,4 @@
-"""Exemplar banks: characters as features, from drawn glyphs, Omniglot, the authors' file, plain vectors, or an array of one's
-own."""
+"""Exemplar banks: features of characters, from drawn glyphs, Omniglot, the authors' file, plain vectors, or a reader's array."""
 
 from __future__ import annotations
 
@@ -16,14 +15,15 @@ from ihbook.checks import one_of
 from ihbook.config import EMBEDDINGS, BankConfig
 from ihbook.task import Bank
 
-REFERENCE = 512  # glyphs that set the standardisation, however many are asked for
+REFERENCE = 512  # the number of glyphs that set the standardisation, whatever `n_classes` is
 
 
 def load_bank(config: BankConfig) -> Bank:
     """The bank that `config` names, drawn, read from `config.path`, or downloaded once into the cache.
 
-    Banks that are read keep at most `n_classes` of their classes, and may have fewer. `onehot` has dim = n_classes. The last
-    two that were drawn are kept in memory: their tensors are not to be written to.
+    A bank that is read keeps at most `n_classes` of its classes, and may have fewer. `onehot` has dim = n_classes. The last two
+    drawn banks are kept in memory: do not write to their tensors. Raises ValueError for a `config` or a file that does not fit,
+    FileNotFoundError for a `path` that is not there, RuntimeError where something can't be downloaded.
     """
     return (_load if config.name in ("omniglot", "authors") else _drawn)(config)
 
@@ -49,8 +49,8 @@ _drawn = lru_cache(maxsize=2)(_load)
 
 def from_array(features: np.ndarray | torch.Tensor, images: np.ndarray | torch.Tensor | None = None, *, name: str = "own",
                source: str = "an array") -> Bank:
-    """A bank of one's own from features `[class, exemplar, dim]`, and images uint8 `[class, exemplar, 28, 28]` (ink 255 on 0) if
-    there are any: `fetch(runs, bank=from_array(x))`. Its contents name its runs in the store.
+    """A reader's own bank from features `[class, exemplar, dim]` and, if there are any, images uint8 `[class, exemplar, 28, 28]`
+    (ink 255 on 0): `fetch(runs, bank=from_array(x))`. Its contents name its runs in the store.
 
     Raises ValueError where the shapes do not fit, a feature is not finite, or all exemplars are the same.
     """
@@ -66,7 +66,7 @@ def from_array(features: np.ndarray | torch.Tensor, images: np.ndarray | torch.T
 
 
 def _checked(features: torch.Tensor, images: torch.Tensor | None, metadata: dict, remedy: str) -> Bank:
-    """A bank whose features can be learnt from; ValueError says what is wrong with others."""
+    """The bank. Raises ValueError where a feature is not finite or all exemplars are the same."""
     bank = f"the bank {metadata['name']!r} ({metadata['source']})"
     if not features.isfinite().all():
         wrong = (~features.isfinite()).nonzero()
@@ -83,7 +83,7 @@ def _glyphs(config: BankConfig):
 
 
 def _gaussian(config: BankConfig):
-    """N(0, I) marginally; two exemplars of a class have a cosine of about 0.94."""
+    """Features that are N(0, I) marginally; two exemplars of a class have a cosine of about 0.94."""
     shape = config.n_classes, config.dim
     centres = np.random.default_rng([config.seed, 0]).standard_normal(shape)
     noise = [np.random.default_rng([config.seed, 1 + e]).standard_normal(shape) for e in range(config.n_exemplars)]

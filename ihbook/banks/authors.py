@@ -19,7 +19,8 @@ AUTHORS_DATASET = "resnet18/224/feat"
 
 
 def load_authors(config: BankConfig):
-    """The file's own order, first classes and first exemplars."""
+    """Features float32 `[class, exemplar, dim]`, no images, and metadata: the file's first classes and exemplars, in its order.
+    Raises FileNotFoundError for a missing file, ValueError for a file that does not fit, RuntimeError for a failed download."""
     remedy = "give a file in the authors' format, or path=None to download theirs"
     own = config.path is not None
     path = Path(config.path).expanduser() if own else download_blob(AUTHORS_URL + AUTHORS_FILE, AUTHORS_BLOB)

@@ -1,4 +1,4 @@
-"""Downloads: verified, and only then moved to their place in the cache folder."""
+"""Downloads: each is verified, and only then moved to its place in the cache folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ TIMEOUT = 8  # seconds of silence after which a server counts as out of reach
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: the environment variable IHBOOK_CACHE, or else the user's cache folder."""
+    """The folder of downloads: the environment variable IHBOOK_CACHE, or else the user's cache folder."""
     return Path(os.environ.get("IHBOOK_CACHE") or platformdirs.user_cache_dir("ihbook"))
 
 
 def download(url: str, known_hash: str | None, check: Callable[[str], None] = lambda file: None) -> Path:
-    """The cached file of that address, downloaded to a temporary name and moved in place once it is verified."""
+    """The cached file of `url`. It is downloaded to a temporary name and moved into place once it is verified.
+    Raises RuntimeError where it can't be downloaded, or is not the expected file."""
 
     def downloader(url, output_file, pooch_):
         pooch.HTTPDownloader(progressbar=True, chunk_size=2**16, timeout=TIMEOUT)(url, output_file, pooch_)
@@ -38,7 +39,7 @@ def download(url: str, known_hash: str | None, check: Callable[[str], None] = la
 
 
 def download_blob(url: str, blob: str) -> Path:
-    """The same for a file known by its git blob id, which pooch can't check."""
+    """`download` for a file known by its git blob id, which pooch can't check."""
 
     def check(file: str | Path) -> None:
         content = Path(file).read_bytes()
@@ -51,5 +52,5 @@ def download_blob(url: str, blob: str) -> Path:
         try:
             check(cached)
         except ValueError:
-            cached.unlink()  # damaged since: fetched anew
+            cached.unlink()  # damaged since the download: fetch it again
     return download(url, None, check)

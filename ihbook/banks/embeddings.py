@@ -1,4 +1,4 @@
-"""From images to features: a fixed random projection, or ResNet-18."""
+"""From images to features, by a fixed random projection or by ResNet-18."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ihbook.files import writing
 
 
 def random_features(images: torch.Tensor, dim: int, reference: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """ReLU features [.., dim] of images [.., 28, 28] under a fixed projection, standardised by the reference images."""
+    """ReLU features `[..., dim]` of images `[..., 28, 28]` under a fixed projection, standardised by the `reference` images."""
     sigma, floor = 1.5, 0.003
     place = torch.arange(SIDE, dtype=torch.float64)
     kernel = (-((place[:, None] - place) ** 2) / (2 * sigma**2)).exp() / (sigma * (2 * torch.pi) ** 0.5)
@@ -27,8 +27,8 @@ def random_features(images: torch.Tensor, dim: int, reference: torch.Tensor) -> 
         return (kernel @ (ink.flatten(0, -3).double() / 255) @ kernel).flatten(1)
 
     base = blur(reference)
-    spread = base.std(0, correction=0) + floor  # pixels that are never inked must not blow up
-    # On these grids every product and sum below is exact, whatever the threads, the batch and the machine.
+    spread = base.std(0, correction=0) + floor  # keeps pixels that are never inked from blowing up
+    # Rounded to these grids, every product and sum below is exact, whatever the threads, the batch and the machine.
     pixels = ((blur(images) - base.mean(0)) / spread * 2**12).round() / 2**12
     projection = np.random.default_rng(0).standard_normal((SIDE * SIDE, dim)) / SIDE
     features = (pixels @ torch.from_numpy((projection * 2**16).round() / 2**16)).relu().float()
@@ -37,9 +37,9 @@ def random_features(images: torch.Tensor, dim: int, reference: torch.Tensor) -> 
 
 
 def resnet18_features(pages: np.ndarray, dim: int) -> tuple[torch.Tensor, str]:
-    """Penultimate activations [class, exemplar, 512] of ImageNet's ResNet-18 for uint8 pages [class, exemplar, h, w].
+    """Penultimate activations `[class, exemplar, 512]` of ImageNet's ResNet-18 for uint8 pages `[class, exemplar, h, w]`.
 
-    This takes minutes, so the cache keeps it. RuntimeError says why it can't be had.
+    They take minutes, so the cache keeps them. Raises ValueError for another `dim`, RuntimeError where ResNet-18 can't be had.
     """
     how = "resnet18: torchvision IMAGENET1K_V1, penultimate layer, 224 px, three equal channels, ImageNet normalisation"
     if dim != 512:
@@ -49,7 +49,7 @@ def resnet18_features(pages: np.ndarray, dim: int) -> tuple[torch.Tensor, str]:
         with np.load(cached) as file:  # a zip file, whose checksums np.load verifies
             return torch.from_numpy(file["features"]), how
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # absent or damaged: made anew
+        pass  # absent or damaged: compute it again
     features = _resnet18_run(_resnet18(), pages)
     try:
         with writing(cached) as partial, partial.open("wb") as file:
@@ -62,11 +62,11 @@ def resnet18_features(pages: np.ndarray, dim: int) -> tuple[torch.Tensor, str]:
 def _resnet18() -> torch.nn.Module:
     """torchvision's ResNet-18 with ImageNet weights and without its last layer."""
     patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)  # torch.hub waits for ever otherwise
+    socket.setdefaulttimeout(TIMEOUT)  # otherwise torch.hub waits for ever
     try:
         from torchvision.models import ResNet18_Weights, resnet18
 
-        with torch.random.fork_rng(devices=[]):  # its random initialisation is no business of the caller's
+        with torch.random.fork_rng(devices=[]):  # its random initialisation must not move the caller's generator
             model = resnet18(weights=ResNet18_Weights.IMAGENET1K_V1)
     except (ImportError, AttributeError, OSError, RuntimeError) as error:  # absent, unfit for this torch, no weights
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Characters of an alphabet that nobody writes: strokes by drawers whose hands vary, at 28x28."""
+"""Characters of an invented alphabet: strokes by drawers whose hands vary, at 28x28 pixels."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import torch
 
 SIDE = 28
 STROKES, PARTS, SAMPLES = 4, 3, 72  # at most 4 strokes of 72 points, each of at most 3 parts
-PAD = 2  # margin of the canvas while it is drawn on: a pen reaches that many pixels
+PAD = 2  # margin in pixels around the image while it is drawn: as far as a pen reaches
 
-# (share, value) tables of what characters are made of; angles in degrees, clockwise from rightwards.
+# Tables of (share, value) that characters are made of. Angles are in degrees, clockwise from rightwards.
 STROKE_COUNT = ((0.20, 1), (0.35, 2), (0.29, 3), (0.16, 4))
-PART_COUNT = ((2.0, 4.0), (1.0, 3.2), (1.0, 2.5), (1.0, 2.2))  # range, by the number of strokes: many are short ones
+PART_COUNT = ((2.0, 4.0), (1.0, 3.2), (1.0, 2.5), (1.0, 2.2))  # (least, most) by number of strokes: many are short ones
 HEADING = ((0.40, 0), (0.40, 90), (0.08, 45), (0.12, 125))
-ACROSS = ((0.55, 90), (0.15, -90), (0.15, 55), (0.15, 130))  # a stroke's heading against that of the one it touches
+ACROSS = ((0.55, 90), (0.15, -90), (0.15, 55), (0.15, 130))  # a stroke's heading minus that of the stroke it touches
 BEND = ((0.46, 0), (0.12, 70), (0.12, -70), (0.10, 170), (0.10, -170), (0.05, 340), (0.05, -340))
 CORNER = ((0.31, 95), (0.26, -95), (0.13, 140), (0.13, -140), (0.17, 0))
-THEIRS = ((0.30, 0.0), (0.40, 0.5), (0.30, 1.0))  # where strokes touch, as a share of the earlier one's points ...
-OURS = ((0.60, 0.0), (0.30, 0.5), (0.10, 1.0))  # ... and of the later one's
+THEIRS = ((0.30, 0.0), (0.40, 0.5), (0.30, 1.0))  # where two strokes touch, as a share of the earlier one's points
+OURS = ((0.60, 0.0), (0.30, 0.5), (0.10, 1.0))  # the same, as a share of the later one's points
 
 
 def draw_glyphs(n_classes: int, n_exemplars: int, seed: int = 0) -> torch.Tensor:
-    """Images uint8 [class, exemplar, 28, 28], ink 255 on 0; with one seed a larger call extends a smaller one.
+    """Images uint8 `[class, exemplar, 28, 28]`, ink 255 on 0. With the same seed, a larger call extends a smaller one.
 
-    A class is a plan: 1 to 4 strokes of lines, arcs and loops with corners, joined like handwriting. An exemplar is
-    the plan in another hand: each bend and length a little off, then rotation, shear, scale, shift and pen width.
-    In numpy, as torch's threads wait for each other at each of these small steps, for long on a busy machine.
+    A class is a plan: 1 to 4 strokes of lines, arcs and loops with corners, joined as in handwriting. An exemplar is the plan in
+    another hand: each bend and length is a little off, then come rotation, shear, scale, shift and pen width. NumPy computes it,
+    because on a busy machine torch's threads would wait long for each other at each of these small steps.
     """
     stroke_plan = np.random.default_rng([seed, 0]).random((n_classes, STROKES, 9))
     part_plan = np.random.default_rng([seed, 1]).random((n_classes, STROKES, PARTS, 4))
@@ -35,7 +35,7 @@ def draw_glyphs(n_classes: int, n_exemplars: int, seed: int = 0) -> torch.Tensor
     zoom = size / np.maximum((high - low).max(-1, keepdims=True), 0.5)
     images = np.empty((n_classes, n_exemplars, SIDE, SIDE), np.uint8)
     for exemplar in range(n_exemplars):
-        # Streams of its own, filled class by class: how much is drawn does not change what is drawn.
+        # Each exemplar has its own random streams, filled class by class: the number drawn does not change what is drawn.
         wobble = np.random.default_rng([seed, 3 + 2 * exemplar]).standard_normal((n_classes, STROKES, 3 + 3 * PARTS))
         hand = np.random.default_rng([seed, 4 + 2 * exemplar]).standard_normal((n_classes, 7))
         for start in range(0, n_classes, 64):  # blocks that stay in the processor's cache
@@ -48,28 +48,28 @@ def draw_glyphs(n_classes: int, n_exemplars: int, seed: int = 0) -> torch.Tensor
 
 
 def _pick(u: np.ndarray, table: tuple[tuple[float, float], ...]) -> np.ndarray:
-    """The table's value for each uniform `u`."""
+    """The value of the table for each uniform `u`."""
     shares, values = np.array(table, np.float64).T
     return values[np.searchsorted(shares.cumsum()[:-1], u)]
 
 
 def _box(points: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest x and y [class, 2] of the drawn points [class, point, 2]."""
+    """The lowest and the highest x and y `[class, 2]` of the drawn points `[class, point, 2]`."""
     shown = drawn[..., None]
     return points.min(1, where=shown, initial=np.inf), points.max(1, where=shown, initial=-np.inf)
 
 
 def _along(degrees: np.ndarray) -> np.ndarray:
-    """Unit vectors [..., 2] at these angles."""
+    """Unit vectors `[..., 2]` at these angles."""
     angle = np.deg2rad(degrees)
     return np.stack([np.cos(angle), np.sin(angle)], -1)
 
 
 def _compose(stroke_plan: np.ndarray, part_plan: np.ndarray, wobble: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Points [class, point, 2] of all strokes, and which are drawn [class, point].
+    """Points `[class, point, 2]` of all strokes, and which of them are drawn `[class, point]`.
 
-    A stroke is a walk: its heading turns steadily within a part and jumps at a corner. Each stroke after the first
-    touches an earlier one, or runs beside it.
+    A stroke is a walk: its heading turns steadily within a part and jumps at a corner. Each stroke after the first touches an
+    earlier one, or runs beside it.
     """
     heading, lean, n_parts, n_strokes, earlier, theirs, ours, across, aside = np.moveaxis(stroke_plan, -1, 0)
     bend, stretch, length, corner = np.moveaxis(part_plan, -1, 0)
@@ -86,7 +86,7 @@ def _compose(stroke_plan: np.ndarray, part_plan: np.ndarray, wobble: np.ndarray)
     into = (turn + bend).cumsum(-1) - bend  # heading at the start of each part, from that of the stroke
 
     ends, total = length.cumsum(-1), length.sum(-1, keepdims=True)
-    far = total * (np.arange(SAMPLES) + 0.5) / SAMPLES  # the points are evenly spaced along each stroke
+    far = total * (np.arange(SAMPLES) + 0.5) / SAMPLES  # points are evenly spaced along each stroke
     part = (far[..., None] > ends[..., None, :-1]).sum(-1)
     into, bend, began, length = (np.take_along_axis(x, part, -1) for x in (into, bend, ends - length, length))
     course = into + bend * (far - began) / length
@@ -112,7 +112,7 @@ def _compose(stroke_plan: np.ndarray, part_plan: np.ndarray, wobble: np.ndarray)
 
 
 def _place(points: np.ndarray, drawn: np.ndarray, hand: np.ndarray) -> np.ndarray:
-    """Points [class, point, 2] in pixels from the middle of the paper, in a hand [class, 7]; none leaves the paper."""
+    """Points `[class, point, 2]` in pixels from the image's centre, as a hand `[class, 7]` places them; none leaves the image."""
     rotate, shear, wide, tall = 0.10 * hand[:, :4].T[..., None]
     x, y = points[..., 0] * np.exp(wide), points[..., 1] * np.exp(tall)
     x = x + shear * y
@@ -123,7 +123,7 @@ def _place(points: np.ndarray, drawn: np.ndarray, hand: np.ndarray) -> np.ndarra
 
 
 def _ink(points: np.ndarray, drawn: np.ndarray, pen: np.ndarray) -> np.ndarray:
-    """uint8 [class, 28, 28]: a pixel is as dark as the nearest of the pen's discs, one at each point, covers it."""
+    """Images uint8 `[class, 28, 28]`. The pen covers a disc at each point; a pixel is as dark as the disc that covers it most."""
     width = SIDE + 2 * PAD
     at = points + (width - 1) / 2
     cell = np.floor(at)[..., None] + np.arange(-1, 3)  # [class, point, xy, 4]: the pixels within 2 of the point

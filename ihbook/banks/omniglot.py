@@ -32,7 +32,9 @@ PAGE = 105  # side of an Omniglot image
 
 
 def load_omniglot(config: BankConfig):
-    """Characters in order of name, shuffled once with the seed; random features are standardised over what is kept."""
+    """Features, images and metadata. Characters are sorted by name and shuffled once with the seed; random features are
+    standardised over what is kept. With the embedding "auto", random features and a warning replace ResNet-18's if those can't be
+    had."""
     pages, metadata = _omniglot_pages(config)
     flat = pages.reshape(-1, PAGE, PAGE)
     small = [np.asarray(Image.fromarray(255 - page).resize((SIDE, SIDE), Image.Resampling.LANCZOS)) for page in flat]
@@ -52,7 +54,7 @@ def load_omniglot(config: BankConfig):
 
 
 def _omniglot_pages(config: BankConfig) -> tuple[np.ndarray, dict]:
-    """Images uint8 [class, exemplar, 105, 105] as scanned, dark ink on 255, and their provenance."""
+    """Images uint8 `[class, exemplar, 105, 105]` as scanned, dark ink on 255, and their provenance."""
     remedy = "give images_background.zip, a folder with it or with its images, or path=None to download"
     if config.path is None:
         sources = [download(OMNIGLOT_URL + name, f"md5:{md5}") for name, md5 in OMNIGLOT_MD5.items()]
@@ -70,7 +72,7 @@ def _omniglot_pages(config: BankConfig) -> tuple[np.ndarray, dict]:
                 raise ValueError(f"{source} is not a whole zip file ({error}); {remedy}") from error
             for name, read in found:
                 match = re.search(r"([^/]+)/([^/]+)/\d+_(\d+)\.png$", name)
-                if match:  # a character that two archives hold counts once
+                if match:  # a drawing that two archives hold counts once
                     drawings.setdefault(match.group(1, 2), {}).setdefault(int(match[3]), read)
         if not drawings:
             raise ValueError(f"no alphabet/character/NNNN_EE.png in {', '.join(map(str, sources))}; {remedy}")
@@ -94,7 +96,7 @@ def _omniglot_pages(config: BankConfig) -> tuple[np.ndarray, dict]:
 
 
 def _list_drawings(source: Path, stack: ExitStack) -> list[tuple[str, Callable[[], bytes]]]:
-    """Names, and how to read them, of what a zip or a folder holds; the zip stays open as long as the stack."""
+    """The name of each image in a zip or a folder, and a function that reads it; the zip stays open as long as the stack."""
     if source.is_dir():
         return [(file.as_posix(), file.read_bytes) for file in sorted(source.rglob("*.png"))]
     archive = stack.enter_context(zipfile.ZipFile(source))

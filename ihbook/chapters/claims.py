@@ -1,4 +1,4 @@
-"""What the paper claims, as values: how each claim is measured, when it holds, and what was found."""
+"""The paper's claims as values: how each claim is measured, when it holds, and what was found."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ihbook.files import writing
 
 @dataclass(frozen=True)
 class Claim:
-    """A published claim. It holds where the median over seeds of what is measured lies from `low` to `high`.
+    """A published claim. It holds where the median over seeds of the measured number lies from `low` to `high`.
 
-    Where a number near nothing was published, up to three times as much holds.
+    Where the published number is close to zero, `high` is as a rule three times that number.
     """
 
     key: str
@@ -31,6 +31,12 @@ class Claim:
     measure: str
     low: float = -math.inf
     high: float = math.inf
+
+    def __post_init__(self):
+        if not (isinstance(self.low, (int, float)) and isinstance(self.high, (int, float)) and self.low <= self.high
+                and (math.isfinite(self.low) or math.isfinite(self.high))):
+            raise ValueError(f"the claim {self.key!r} has low={self.low!r}, high={self.high!r}; one of them at least must be "
+                             "finite, and low at most high")
 
     @property
     def holds_if(self) -> str:
@@ -53,7 +59,7 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """holds, differs, or not tested: where no seed gave a number."""
+        """The verdict: "holds", "differs", or "not tested" where no seed gave a number."""
         known = [v for v in self.values if not math.isnan(v)]
         if not known:
             return "not tested"
@@ -61,7 +67,7 @@ class Verdict:
 
     @property
     def measured(self) -> str:
-        """The median over seeds, and their range."""
+        """The median over seeds and their range, in words; "–" where no seed gave a number."""
         known = sorted(v for v in self.values if not math.isnan(v))
         if not known:
             return "–"
@@ -76,12 +82,12 @@ def _number(x: float) -> str:
 
 
 def ratios(times: Sequence[float], to: Sequence[float]) -> list[float]:
-    """Times (NaN: never) over others: infinite where only the first never came, NaN (nothing is told) where the second did not."""
+    """Each of `times` over its partner in `to` (NaN: never); infinite if only the first is NaN, NaN if the second is."""
     return [math.nan if math.isnan(b) else math.inf if math.isnan(a) else a / b for a, b in zip(times, to, strict=True)]
 
 
 def judge(claim: str | Claim, values: float | Sequence[float]) -> Verdict:
-    """The verdict on a claim of the book, by its key, or on one of your own, from one number per seed (NaN where a seed has none).
+    """The verdict on a claim (a key of the book's claims, or a claim of your own), from one number per seed (NaN: no number).
 
     Raises KeyError for an unknown key.
     """
@@ -100,7 +106,7 @@ def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
 
 
 def record(verdicts: Sequence[Verdict], settings: Settings) -> pd.DataFrame:
-    """Keep a chapter's verdicts beside the runs that they are of, for the page of all claims; returns their table."""
+    """Save a chapter's verdicts in the default store, for the page of all claims; return their table. Raises OSError."""
     for verdict in verdicts:
         with writing(_folder(settings) / f"{verdict.key}.json") as partial:
             partial.write_text(json.dumps({"claim": asdict(verdict.claim), "values": verdict.values}))
@@ -108,7 +114,7 @@ def record(verdicts: Sequence[Verdict], settings: Settings) -> pd.DataFrame:
 
 
 def gathered(settings: Settings) -> list[Verdict]:
-    """The verdict on every claim under these settings; "not tested" where no chapter has run, or where the claim has changed."""
+    """The verdict on every claim under these settings: "not tested" if its chapter has not run, or if the claim has changed."""
     found = []
     for key, claim in CLAIMS.items():
         try:
@@ -124,7 +130,7 @@ def _folder(settings: Settings):
 
 
 def load(text: str) -> dict[str, Claim]:
-    """Claims by their keys, from TOML, which refuses a key that is there twice. Raises TypeError for an unknown field."""
+    """Claims by key, from TOML text. Raises ValueError for a key that is given twice, TypeError for an unknown field."""
     return {key: Claim(key, **fields) for key, fields in tomllib.loads(text).items()}
 
 

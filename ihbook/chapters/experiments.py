@@ -1,4 +1,4 @@
-"""What a chapter is asked for, and the paper's runs under it: at published scale, or quick."""
+"""The settings of a chapter, and the paper's runs under them: at published scale, or quick."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 @dataclass(frozen=True)
 class Scale:
-    """How long the main run is, in sequences, how it is trained, how often at most it is evaluated and on how many sequences,
-    the seeds of a figure, and the most sequences that an analysis of a finished network averages over."""
+    """A profile: the main run's length in sequences and learning rate, the shortest distance between evaluations in sequences,
+    the sequences per evaluation set, the seeds per figure, and the most sequences that an analysis averages over."""
 
     n_sequences: int
     lr: float
@@ -43,11 +43,11 @@ PROFILES = {"paper": Scale(PUBLISHED, 1e-5, 32, 1000, 3, 100_000), "quick": Scal
 
 @dataclass(frozen=True)
 class Settings:
-    """The parameters of a chapter. Raises ValueError that names the one that is off, before anything is trained.
+    """The parameters of a chapter. Raises ValueError that names a bad one, before anything trains, and what `load_bank` raises.
 
-    `profile` is "paper" or "quick" (None: what the environment variable IHBOOK_PROFILE says, else "paper"). `n_seeds` networks have
-    this seed and those after it. `n_sequences` is the length of the main run; other runs are longer or shorter in proportion, as in
-    the paper. None: the profile's. The task's and the network's are those of `TaskConfig` and `ModelConfig`.
+    `profile` is "paper" or "quick" (None: the environment variable IHBOOK_PROFILE, or else "paper"). The networks have `n_seeds`
+    consecutive seeds from `seed` on. `n_sequences` is the length of the main run; other runs are longer or shorter in proportion,
+    as in the paper. None for either takes the profile's. Fields of the task and network are as in `TaskConfig` and `ModelConfig`.
     """
 
     profile: str | None = None
@@ -80,7 +80,7 @@ class Settings:
             object.__setattr__(self, "n_sequences", self.scale.n_sequences)
         whole("n_sequences", self.n_sequences, 1)
         check_device(self.device)
-        task.split(load_bank(self.run().bank), self.task)  # says what is wrong with the bank, n_classes and n_labels
+        task.split(load_bank(self.run().bank), self.task)  # raises for a bad bank, n_classes or n_labels
 
     @property
     def scale(self) -> Scale:
@@ -98,31 +98,31 @@ class Settings:
 
     @property
     def tokens(self) -> list[str]:
-        """What stands at each position of a sequence: exemplars, their labels, and the query."""
+        """A name for each position of a sequence: exemplars x₁, x₂, …, their labels l₁, l₂, …, and the query x."""
         return [name + str(i + 1).translate(SUBSCRIPTS) for i in range(self.n_pairs) for name in "xl"] + ["x"]
 
     @property
     def as_published(self) -> bool:
-        """Whether the sizes are the paper's, so that its numbers can stand beside those measured."""
+        """Whether task, network, length and learning rate are the paper's, so that its numbers can be compared with ours."""
         return (self.task, self.model, self.n_sequences, self.scale.lr) == (TaskConfig(), ModelConfig(), PUBLISHED, 1e-5)
 
     @property
     def digest(self) -> str:
-        """Names what the numbers are of: all but the device, and where the bank lies."""
+        """Sixteen hex digits that name these settings, except for the device and the bank's path."""
         return digest(replace(self, device="cpu", bank_path=None))[:16]
 
     def length(self, published: float) -> int:
-        """As many sequences as `published` in a run of the paper, of 1,000,000."""
+        """The number of sequences, at least 32, that corresponds to `published` of the paper's 1,000,000."""
         return max(32, round(published * self.n_sequences / PUBLISHED))
 
     def every(self, published: float) -> int:
-        """A distance between evaluations or checkpoints, likewise, but the same whatever `n_sequences`; 0 is never."""
+        """The same for a distance between evaluations, by the profile's length, and at least `Scale.finest`; 0 means never."""
         return published and max(self.scale.finest, round(published * self.scale.n_sequences / PUBLISHED))
 
     def run(self, length: float = PUBLISHED, *, clamps: Sequence[Any] = (), n_classes: int | None = None,
             n_labels: int | None = None, eval_every: float = 5000, heads_every: float = 0,
             checkpoint_every: float = 0, nth: int = 0) -> RunConfig:
-        """A run of the `nth` seed, counted from 0, with a data stream of its own; lengths as in the paper."""
+        """A run of the `nth` seed, counted from 0, with a data stream of its own; lengths and distances are the paper's."""
         return RunConfig(
             bank=BankConfig(name=self.bank, path=self.bank_path), clamps=tuple(clamps), init_seed=self.seed + nth,
             data_seed=nth, lr=self.scale.lr, model=self.model,
@@ -132,7 +132,7 @@ class Settings:
 
 
 def two_layers(settings: Settings) -> None:
-    """Raise ValueError unless the network is one for which Layer 1, Layer 2 and a head among others have a meaning."""
+    """Raise ValueError unless the network has two layers, and at least two heads per layer."""
     if settings.n_layers != 2:
         raise ValueError(f"n_layers={settings.n_layers}: this chapter takes Layer 1 and Layer 2 apart, and is defined for "
                          "n_layers=2; chapter 2 takes networks of any depth")
@@ -141,12 +141,12 @@ def two_layers(settings: Settings) -> None:
 
 
 def main_runs(settings: Settings) -> list[RunConfig]:
-    """The full network, one run per seed: what most chapters start from (Figure 3)."""
+    """The runs of the full network, one per seed; most chapters start from them (Figure 3)."""
     return [settings.run(heads_every=1000, checkpoint_every=20_000, nth=i) for i in range(settings.n_seeds)]
 
 
 def training_sequences(settings: Settings) -> Batch:
-    """All distinct training sequences; or a sample, where they are more than the profile allows, or can't be listed."""
+    """All distinct training sequences, or a sample where there are more than the profile allows or they can't be listed."""
     run = settings.run()
     splits = task.split(load_bank(run.bank), run.task)
     n = run.task.n_classes * (run.task.n_classes - 1) * len(splits.train_sets) * 4
@@ -156,18 +156,18 @@ def training_sequences(settings: Settings) -> Batch:
 
 
 def phase_change(result: Result) -> float:
-    """Sequences seen when the training loss of a run first falls below the paper's threshold; NaN if it never does (Figure 4b)."""
+    """Sequences seen when a run's training loss first falls below the paper's threshold; NaN if it never does (Figure 4b)."""
     return metrics.phase_change(result.metrics, metrics.threshold(result.run.task.n_ways))
 
 
 def by_strength(result: Result, sequences: Batch, layer: int = 1) -> dict[int, float]:
-    """The heads of a layer of a finished network and their induction strengths, the strongest first (Figure 3b)."""
+    """The induction strength of each head of a layer of a finished network, the strongest head first (Figure 3b)."""
     strength = metrics.measure(result.weights, sequences)["strength"][0, layer].tolist()
     return dict(sorted(enumerate(strength), key=lambda item: -item[1]))
 
 
 def induction_layer(result: Result, sequences: Batch) -> int:
-    """The layer with the strongest induction head: of the layers after the first, unless it is the only one."""
+    """The layer, counted from 0, with the strongest induction head among the layers after the first; 0 if there is only one."""
     strength = metrics.measure(result.weights, sequences)["strength"][0].amax(1)
     return int(strength[1:].argmax()) + 1 if len(strength) > 1 else 0
 
@@ -175,7 +175,7 @@ def induction_layer(result: Result, sequences: Batch) -> int:
 def previous_token_heads(result: Result, n: int = 3) -> list[int]:
     """The `n` heads of Layer 1 whose label tokens attend most to the token before them at the end of training, the weakest first.
 
-    Three, because the paper's network has three (Table 1); one fewer than there are heads, where there are three or fewer.
+    Three because the paper's network has three (Table 1). At least one head is left out, unless there is only one.
     """
     end = result.heads[(result.heads["sequences"] == result.heads["sequences"].max()) & (result.heads["layer"] == 0)]
     attention = end.set_index("head")["previous_token"].sort_values()
@@ -183,7 +183,7 @@ def previous_token_heads(result: Result, n: int = 3) -> list[int]:
 
 
 def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[int, int], ...]:
-    """All heads of a layer but those in `keep`. Raises ValueError for one that is not there."""
+    """All heads of a layer except those in `keep`, as (layer, head). Raises ValueError for a head that is not there."""
     kept = {int(head) for head in np.atleast_1d(keep)}
     if not kept <= set(range(n_heads)):
         raise ValueError(f"keep={keep!r} has a head that is not there; heads are 0 to {n_heads - 1}")
@@ -191,42 +191,42 @@ def others(layer: int, keep: int | Sequence[int], n_heads: int) -> tuple[tuple[i
 
 
 def only(head: int | Sequence[int], n_heads: int) -> clamps.Ablate:
-    """The clamp that leaves only these heads of Layer 2."""
+    """The clamp that ablates all heads of Layer 2 except these."""
     return clamps.Ablate(others(1, head, n_heads))
 
 
 def without(head: int) -> clamps.Ablate:
-    """The clamp that takes this head of Layer 2 away."""
+    """The clamp that ablates this head of Layer 2."""
     return clamps.Ablate((1, head))
 
 
 def single_head(run: RunConfig, head: int | Sequence[int], *more: Any) -> RunConfig:
-    """The run with only this head (or these) left in Layer 2, and further clamps (Figures 4b, 5b, 6, 8, 17)."""
+    """The run with only this head (or these) left in Layer 2 and the clamps `more`, not its own (Figures 4b, 5b, 6, 8, 17)."""
     return replace(run, clamps=(only(head, run.model.n_heads), *more))
 
 
 def curve(result: Result, eval_set: str = "train", **columns: Any) -> pd.DataFrame:
-    """A run's losses on an evaluation set as rows sequences, value, and what else should stand in every row."""
+    """A run's losses (nats) on an evaluation set: columns sequences, value, run (its init seed), and the constant `columns`."""
     rows = result.metrics[(result.metrics["eval_set"] == eval_set) & (result.metrics["metric"] == "loss")]
     return rows[["sequences", "value"]].assign(run=result.run.init_seed, **columns)
 
 
 def loss_at(result: Result, sequences: float) -> float:
-    """The loss on the training set at that many sequences, interpolated linearly; NaN beyond the run's end."""
+    """The loss (nats) on the set `train` at that many sequences seen, interpolated linearly; NaN after the run's end."""
     rows = curve(result)
     return float(np.interp(sequences, rows["sequences"], rows["value"], right=math.nan))
 
 
 def right_instead(weights: Weights, batch: Batch, clamps: Sequence[Sequence]) -> tuple[int, list[float]]:
-    """How many sequences a network gets wrong under the first of `clamps`, and the share of them that it gets right under each of
-    the others; no shares where there are none (Tables 2 and 3)."""
+    """The number of sequences that a network gets wrong under the first of `clamps`, and the share of these that it gets right
+    under each of the others; no shares if it gets none wrong (Tables 2 and 3)."""
     right = metrics.correct(weights, batch, clamps)
     missed = ~right[0]
     return int(missed.sum()), right[1:, missed].double().mean(1).tolist() if missed.any() else []
 
 
 def gradient_norms(weights: Weights, batch: Batch, head: int, clamps: Sequence = (), layer: int = 1) -> dict[str, float]:
-    """The norms of `gradients` of a head's queries, keys, values and output, of the layer before, and of the unembedding."""
+    """The norms of `metrics.gradients`: of a head's queries, keys, values and output, the layer before's QKV, the unembedding."""
     config, found = weights.config, metrics.gradients(weights, batch, clamps)
     parts = found[f"layers.{layer}.attn.qkv.weight"].unflatten(0, (3, config.n_heads, config.d_head))[:, head]
     out = found[f"layers.{layer}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head))[:, head]
@@ -236,6 +236,6 @@ def gradient_norms(weights: Weights, batch: Batch, head: int, clamps: Sequence =
 
 
 def half_way(heads: pd.DataFrame, strengths: Mapping[int, float], layer: int = 1) -> list[float]:
-    """Sequences seen when each head of a layer first had half of its strength here, from a run's heads table (Figure 3b)."""
+    """Sequences seen when each head first exceeds half of its number in `strengths`, by a run's heads table (Figure 3b)."""
     by_head = heads[heads["layer"] == layer].pivot(index="sequences", columns="head", values="strength")
     return [metrics.crossing(-by_head[head], -strength / 2) for head, strength in strengths.items()]

@@ -1,7 +1,4 @@
-"""A trained network in the reader's hands: panels to scrub through its training, operate on it, see its wiring, train it anew.
-
-Each function gives a widget that shows itself: live where there is a kernel, else as a page (`panels`).
-"""
+"""Panels on a trained network, live or as a page (`panels`): scrub through training, operate on it, see its wiring, retrain."""
 
 from __future__ import annotations
 
@@ -50,8 +47,7 @@ MOST_HEADS = 8  # the page without a kernel holds every set of heads
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """One sequence to look at: which evaluation set it is of, the batch that holds it alone, and its characters if there are
-    any."""
+    """One sequence to show: its evaluation set in words, a batch that holds it alone, and its characters if there are any."""
 
     name: str
     batch: Batch
@@ -74,7 +70,7 @@ class Shown:
 
 
 def sequences(settings: Settings, n_training: int = 3) -> list[Shown]:
-    """Some training sequences and one that is new in each way, from the evaluation sets."""
+    """The first `n_training` sequences of the evaluation set `train`, and the first of each other evaluation set."""
     run = settings.run()
     bank = load_bank(run.bank)
     splits = task.split(bank, run.task)
@@ -107,7 +103,7 @@ def _loss_axes(last: float, top: float = 1.8) -> Axes:
 
 
 def _tokens(shown: Sequence[Shown]) -> list[str]:
-    """What stands at each position, in as few letters as a pattern has room for."""
+    """A one-letter name for each position: an attention pattern has room for no more."""
     return ["x", "ℓ"] * (shown[0].batch.labels.shape[2] - 1) + ["?"]
 
 
@@ -123,8 +119,7 @@ def _colours(n_heads: int) -> list[str]:
 
 
 def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
-    """Through training: the loss, each head's strength, what the network answers to a sequence and every attention pattern,
-    at each checkpoint of `result` (Figure 3). Raises ValueError where the run kept no checkpoints."""
+    """Scrub through checkpoints: loss, head strengths, answer, attention (Figure 3). Raises ValueError if none was evaluated."""
     table = result.heads[result.heads["layer"] == 1].pivot(index="sequences", columns="head", values="strength")
     seen = sorted(set(result.checkpoints) & set(table.index))
     if not seen:
@@ -177,17 +172,15 @@ FELT = {"everything": (), "the patterns alone": (Preserve("values"),), "the valu
 
 
 def _ablated(layer: int, bits: str) -> list[Clamp]:
-    """The clamp that switches off the heads whose bit is 0."""
+    """The clamp that ablates the heads of a layer whose bit is 0, or no clamp."""
     off = tuple((layer, h) for h, bit in enumerate(bits) if bit == "0")
     return [Ablate(off)] if off else []
 
 
 def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
-    """Switch heads off and clamp what is left, on the finished network: accuracy and loss over `sample`, and attention (chapter 3).
-
-    Live, every head has its switch. The page without a kernel has those of Layer 2, under some of the clamps. Raises ValueError for
-    a network of more heads than that page can hold every set of.
-    """
+    """Switch heads off and clamp the rest, on the finished network: accuracy, loss over `sample`, attention (chapter 3). Live,
+    every head has a switch. The page without a kernel has switches for Layer 2, some of the clamps, and the first 500 sequences.
+    It holds every set of heads, so a network with more than `MOST_HEADS` heads per layer raises ValueError."""
     weights, model = result.weights, result.run.model
     if model.n_heads > MOST_HEADS:
         raise ValueError(f"n_heads={model.n_heads}: the page holds every set of heads; choose at most {MOST_HEADS}")
@@ -199,7 +192,7 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
              f"copy (1.{best})": Copy((1, best)), "layer 1": PerfectLayer1()}
     names = ["accuracy", "loss (nats)"]
     limits = (0, 1.7)
-    few = sample.split(500)[0]  # for the thousands of states that the page holds
+    few = sample.split(500)[0]  # since the page holds thousands of states
     words = "over {:,} training sequences"
 
     def numbers(lists: Sequence[Sequence[Clamp]], sample: Batch = sample) -> list[list[str]]:
@@ -231,7 +224,7 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
 
     @cache
     def stored(i: int) -> dict[str, list[str]]:
-        """Under one of the clamps, the numbers of every set of heads of Layer 2."""
+        """The numbers of every set of heads of Layer 2, under clamps number `i`."""
         states = Control("", heads[1], "switches").states
         found = []
         for at in range(0, len(states), 64):
@@ -254,8 +247,8 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
 
 
 def wiring(result: Result, sample: Batch) -> Panel:
-    """Who feeds a head of Layer 2, through its keys and through its values: by the weights, and by the accuracy that the head
-    alone loses when a head of Layer 1 is switched off, felt by its patterns or by its values (Figure 11)."""
+    """How much each head of Layer 1 feeds a head of Layer 2 through keys and values: the composition scores, and the accuracy
+    that the Layer 2 head alone loses when only its patterns or only its values feel the ablation (Figure 11)."""
     weights, n = result.weights, result.run.model.n_heads
     order = list(experiments.by_strength(result, sample))
     names = [f"0.{i}" for i in range(n)]
@@ -279,7 +272,7 @@ def wiring(result: Result, sample: Batch) -> Panel:
 
 
 def toy_model(seed: int = 1, n_iterations: int = 400) -> Panel:
-    """The toy model under sliders: how much of each vector is given, and the loss (Figures 5a, 9)."""
+    """The toy model under sliders: the share of each vector that is given, and the loss (Figures 5a, 9)."""
     strengths = (0.0, 0.25, 0.5, 0.75, 1.0)
     given = list(itertools.product(strengths, repeat=len(toy.NAMES)))
     shares = dict(zip(toy.NAMES, zip(*given, strict=True), strict=True))
@@ -304,11 +297,8 @@ def toy_model(seed: int = 1, n_iterations: int = 400) -> Panel:
 
 
 class WhatIf(ipywidgets.VBox):
-    """Choose clamps, and train runs of `settings.run(length)` with and without them; the losses are drawn as they fall.
-
-    Stop keeps the state, and Continue goes on from it. While it trains, the notebook stays free. `runs` are those trained;
-    `results` what came of them, once they are finished.
-    """
+    """Choose rows of `choices` (clamps by name), train `settings.run(length)` under each, and watch the losses fall; the notebook
+    stays free meanwhile. Stop saves the state, and Continue resumes. `results` are those of `runs`, or None until they finish."""
 
     EVERY = 40  # steps whose losses are averaged into one point of a curve
 
@@ -336,7 +326,7 @@ class WhatIf(ipywidgets.VBox):
         return {**super()._repr_mimebundle_(**options), "text/html": page}
 
     def _begin(self) -> None:
-        """Train what is chosen, from the start."""
+        """Train the runs that are chosen, from the start."""
         if not self.chosen.value:
             self._say("choose one or more rows first")
             return
@@ -377,7 +367,7 @@ class WhatIf(ipywidgets.VBox):
         try:
             results = train_family(self._family, Path(self._folder.name), self.settings.device, report=report,
                                           stopped=self._stopping.is_set)
-        except Exception as error:  # in a thread nobody else would hear of it
+        except Exception as error:  # otherwise an error in a thread goes unseen
             self._say(f"{type(error).__name__}: {error}")
             self._buttons(training=False)
             return
@@ -391,7 +381,7 @@ class WhatIf(ipywidgets.VBox):
         self._buttons(training=False, finished=results is not None)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until the training that goes on is finished or stopped."""
+        """Wait until training is finished or stopped, or for that many seconds."""
         if self._thread:
             self._thread.join(seconds)
 

@@ -1,7 +1,7 @@
-"""Drawings with numbers left open, under controls: live widgets where there is a kernel, and a page of its own without one.
+"""Drawings that follow controls: live widgets where there is a kernel, and otherwise a page that needs none.
 
-A drawing is HTML and SVG with a `{}` for each number, so that what changes is a short list of numbers: fast enough to follow a
-slider, and small enough that a page can hold every state that its controls can ask for.
+A drawing is a template of HTML and SVG with a `{}` for each number, so that a change of state is a short list of numbers. That
+is fast enough to follow a slider, and small enough for a page to hold every state of its controls.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Values = list[str]
 
 @dataclass(frozen=True)
 class Control:
-    """What a reader sets: one of `options`, by a "slider", a "choice" or "buttons"; or any of them, by "switches"."""
+    """A control. As a "slider", "choice" or "buttons" it sets one of `options`; as "switches" it sets any subset of them."""
 
     name: str
     options: tuple[str, ...]
     kind: str = "choice"
-    start: str = ""  # the state at first; else the first option, or all switches on
+    start: str = ""  # the first state; if empty, the first option, or all switches on
 
     @property
     def states(self) -> list[str]:
-        """Every state, as a part's values are asked for it: an option's number, or a 0 or 1 for each switch."""
+        """Every state, as a part's `values` take it: the index of an option, or one 0 or 1 per switch."""
         if self.kind == "switches":
             return ["".join(bits) for bits in itertools.product("10", repeat=len(self.options))]
         return [str(i) for i in range(len(self.options))]
@@ -49,7 +49,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Part:
-    """A drawing, the names of the controls that it follows, and its numbers for their states."""
+    """A drawing's template, the names of the controls that it follows, and a function from their states to its numbers."""
 
     template: str
     follows: tuple[str, ...]
@@ -60,9 +60,9 @@ class Part:
 
 
 class Panel(ipywidgets.VBox):
-    """Controls above the parts that follow them. Where nothing runs, as in a built page, it shows `page` instead.
+    """Controls above the parts that follow them. Without a kernel, as in a built page, it shows `page` instead.
 
-    A ValueError of a part's values, such as of clamps that don't go together, is shown in the part's place.
+    If a part's `values` raise ValueError (two clamps that do not compose, say), the part shows the message instead.
     """
 
     def __init__(self, controls: Sequence[Control], parts: Sequence[Part], *, label: str, page: str | None = None):
@@ -90,7 +90,7 @@ class Panel(ipywidgets.VBox):
             switch.observe(changed, "value")
 
     def draw(self, changed: set[str]) -> None:
-        """Draw the parts that follow any of these controls."""
+        """Draw the parts that follow a control in `changed`."""
         for part, view in zip(self._parts, self._views, strict=True):
             if changed & set(part.follows) or not view.value:
                 try:
@@ -107,7 +107,7 @@ class Panel(ipywidgets.VBox):
 
 
 def _front(control: Control) -> ipywidgets.Widget:
-    """The widget of a control; the switches' are the children of a box, after its name."""
+    """The widget of a control; for switches, a box whose first child is the control's name."""
     wide = {"description_width": "initial"}
     options = [(name, i) for i, name in enumerate(control.options)]
     if control.kind == "switches":
@@ -124,7 +124,7 @@ def _front(control: Control) -> ipywidgets.Widget:
 
 
 def page(controls: Sequence[Control], parts: Sequence[Part], *, label: str) -> str:
-    """The panel as HTML that needs no kernel and no network: every state's numbers, and a few lines of script (panel.js)."""
+    """The panel as HTML that needs no kernel and no network: the numbers of every state, and a short script (panel.js)."""
     by_name = {control.name: control for control in controls}
     data = {"controls": [{"name": c.name, "first": c.first} for c in controls], "parts": []}
     for part in parts:
@@ -157,10 +157,10 @@ def _field(control: Control) -> str:
     return f'<fieldset><legend>{name}</legend>{boxes}</fieldset>'
 
 
-# The drawings: each gives a template, and beside it stands what fills it.
+# The drawings: functions that return templates, and functions (`…_values`) that fill them.
 
 def patterns(layer: int, n_heads: int, tokens: Sequence[str]) -> str:
-    """Every head's attention pattern, as far as it is causal: rows attend to columns. Filled by `pattern_values`."""
+    """Every head's attention pattern, without the entries that the causal mask hides; rows attend to columns."""
     n = len(tokens)
     figures = []
     for head in range(n_heads):
@@ -176,20 +176,20 @@ def patterns(layer: int, n_heads: int, tokens: Sequence[str]) -> str:
 
 
 def pattern_values(pattern: Tensor, on: Sequence[bool] | None = None) -> Values:
-    """For `patterns`, from `[head, q_pos, k_pos]`; heads that are not `on` are shown pale."""
+    """The numbers of `patterns`, from a pattern `[head, q_pos, k_pos]`; heads that are not `on` are shown pale."""
     below = torch.ones(pattern.shape[1:], dtype=torch.bool).tril()
     return [value for head, one in enumerate(pattern)
             for value in ("1" if on is None or on[head] else ".25", *map(short, one[below].tolist()))]
 
 
 def short(x: float, digits: int = 2) -> str:
-    """A number as few characters: .5, 0, 1."""
+    """A number in few characters, such as .5, 0 or 1."""
     text = f"{x:.{digits}f}".rstrip("0").rstrip(".") or "0"
     return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else {"-0": "0"}.get(text, text)
 
 
 def bars(title: str, names: Sequence[str], colours: Sequence[str], limits: tuple[float, float]) -> str:
-    """A bar for each of `names`, from 0, with its number. Filled by `bar_values`."""
+    """A horizontal bar from 0 for each of `names`, with its number."""
     low, high = limits
     left, width, row = 12 + 7.2 * max(map(len, names)), 190, 19
     zero = left + width * (0 - low) / (high - low)
@@ -207,21 +207,21 @@ def bars(title: str, names: Sequence[str], colours: Sequence[str], limits: tuple
 
 
 def bar_values(values: Sequence[float], names: Sequence[str], limits: tuple[float, float], digits: int = 2) -> Values:
-    """For `bars` of the same names and limits."""
+    """The numbers of `bars` with the same names and limits; a bar stops at the limits, its number does not."""
     low, high = limits
     left, width = 12 + 7.2 * max(map(len, names)), 190
     zero = left + width * (0 - low) / (high - low)
     result = []
     for value in values:
         x = left + width * (min(max(value, low), high) - low) / (high - low)
-        words = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: not "-0.00"
+        words = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
         result += [short(min(x, zero), 1), short(abs(x - zero), 1), short(max(x, zero) + 4, 1), words]
     return result
 
 
 @dataclass(frozen=True)
 class Axes:
-    """A chart's axes: the range of each, its words, and the marks along it as (place, text)."""
+    """A chart's axes: the range of each, its title, and its marks as (number, text)."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -233,7 +233,7 @@ class Axes:
     WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 230, 44, 12, 26, 40
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point stands, in the drawing's units; a value beyond an end stands at it."""
+        """A point's place in the drawing's units; a value outside the range is moved to the nearer end."""
         (x0, x1), (y0, y1) = self.x, self.y
         across = (min(max(x, x0), x1) - x0) / (x1 - x0)
         up = (min(max(y, y0), y1) - y0) / (y1 - y0)
@@ -246,7 +246,7 @@ class Axes:
 
 
 def chart(axes: Axes, title: str, inside: str) -> str:
-    """A chart around `inside`, drawn in the places of `axes.at`; its open numbers are left open."""
+    """A chart around the drawing `inside`, whose places come from `axes.at` and whose `{}` stay open."""
     left, bottom = axes.at(axes.x[0], axes.y[0])
     right, top = axes.at(axes.x[1], axes.y[1])
     marks = "".join(f'<text x="{axes.at(x, 0)[0]:.1f}" y="{bottom + 15}" text-anchor="middle">{text}</text>'

@@ -1,6 +1,6 @@
-"""The book's style, and its pictures of characters and attention patterns: from tensors to a `Picture`. None opens a window.
+"""The book's style, and its pictures of characters and attention patterns: functions from tensors to a `Picture`.
 
-A head keeps its colour across the book (`head_colour`).
+No picture opens a window. A head keeps its colour across the book (`head_colour`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ STYLE = {
     "figure.facecolor": "white",  # so that a figure can be read on a dark page
 }
 PALETTE = sns.color_palette("colorblind", 10).as_hex()
-PALETTE[6] = "#56b4e9"  # for seaborn's pale pink, which can't be read as text
+PALETTE[6] = "#56b4e9"  # in place of seaborn's pale pink, which can't be read as text
 PALETTE[9] = "#444444"
 
 
 class Picture(Figure):
-    """A matplotlib figure that shows itself in a notebook, at the width of its page, with words for who can't see it."""
+    """A matplotlib figure that shows itself in a notebook, at most as wide as the page, with alternative text (`alt`)."""
 
     alt = ""
 
@@ -60,28 +60,28 @@ def in_style(function: Callable[..., Picture]) -> Callable[..., Picture]:
 
 
 def head_colour(head: int) -> str:
-    """The colour of head number `head`, in either layer; safe for colour-blind readers up to 10 heads."""
+    """The colour of head number `head`, in every layer; colour-blind readers can tell up to 10 heads apart."""
     return PALETTE[head % len(PALETTE)]
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each of up to ten named things, in their order."""
+    """One colour per name, in order, for up to ten names."""
     return dict(zip(names, PALETTE, strict=False))
 
 
 def shades(names: Sequence[str]) -> dict[str, str]:
-    """Shades for things that have an order, from the least to the most."""
+    """One shade per name, for names in order from the least to the most."""
     return dict(zip(names, sns.color_palette("flare", len(names)).as_hex(), strict=True))
 
 
 def diverging(values: Mapping[str, float]) -> dict[str, str]:
-    """A colour for each of several values from −1 to 1, grey in the middle."""
+    """One colour per value from −1 to 1, dark grey in the middle."""
     scale = sns.diverging_palette(220, 20, s=90, l=50, center="dark", as_cmap=True)
     return {name: matplotlib.colors.to_hex(scale((value + 1) / 2)) for name, value in values.items()}
 
 
 def _image(axes: Axes, image: torch.Tensor, *, frame: str | None = None) -> None:
-    """A character, dark ink on white."""
+    """Draw a character, dark ink on white."""
     axes.imshow(255 - image.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
@@ -90,7 +90,7 @@ def _image(axes: Axes, image: torch.Tensor, *, frame: str | None = None) -> None
 
 @in_style
 def contact_sheet(images: torch.Tensor, n_classes: int = 12) -> Picture:
-    """Characters `[class, exemplar, 28, 28]`: a column a class, a row an exemplar. Exemplar 0 trains."""
+    """Characters `[class, exemplar, 28, 28]`, one column per class, one row per exemplar (up to 5). Exemplar 0 trains."""
     n_exemplars = min(images.shape[1], 5)
     figure = Picture(figsize=(8, 8 * n_exemplars / n_classes * 1.04))
     grid = figure.subplots(n_exemplars, n_classes, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
@@ -104,9 +104,9 @@ def contact_sheet(images: torch.Tensor, n_classes: int = 12) -> Picture:
 
 @in_style
 def sequence(images: Sequence[torch.Tensor], labels: Sequence[int], *, answer: bool = True) -> Picture:
-    """One sequence as a reader sees it: characters and label tokens in order, and the query with its answer.
+    """One sequence: characters and label tokens in order, then the query and its answer (or "?" without `answer`).
 
-    `images` are the pairs' characters and then the query's; `labels` theirs, the last being the answer.
+    `images` are the characters of the pairs and of the query; `labels` are their labels, of which the last is the answer.
     """
     n = 2 * len(images) - 1
     figure = Picture(figsize=(min(8.0, 1.5 * n + 1.6), 2.15))
@@ -137,7 +137,7 @@ def sequence(images: Sequence[torch.Tensor], labels: Sequence[int], *, answer: b
 
 @in_style
 def label_pairs(train: torch.Tensor, test: torch.Tensor, n_labels: int) -> Picture:
-    """Which unordered label pairs train and which are held out, as half a table."""
+    """Half a table of the unordered label pairs, which shows those that train and those that are held out."""
     figure = Picture(figsize=(3.9, 3.3) if n_labels <= 6 else (5.4, 4.6))
     axes = figure.subplots()
     for pairs, colour in ((train, PALETTE[0]), (test, PALETTE[1])):
@@ -156,7 +156,7 @@ def label_pairs(train: torch.Tensor, test: torch.Tensor, n_labels: int) -> Pictu
 
 
 def _heat(axes: Axes, values: torch.Tensor, limits: tuple[float, float], digits: int) -> matplotlib.image.AxesImage:
-    """A matrix as a heat map with its numbers in the cells."""
+    """Draw a matrix as a heat map with its numbers in the cells."""
     image = axes.imshow(values.numpy(), cmap="Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
     for (i, j), value in np.ndenumerate(values.numpy()):
         dark = value > limits[0] + 0.6 * (limits[1] - limits[0])
@@ -171,7 +171,7 @@ def _heat(axes: Axes, values: torch.Tensor, limits: tuple[float, float], digits:
 
 @in_style
 def attention(patterns: Mapping[str, torch.Tensor], tokens: Sequence[str]) -> Picture:
-    """Attention patterns `[q_pos, k_pos]` with their titles, four in a row; the numbers are the share of a row's attention."""
+    """Attention patterns `[q_pos, k_pos]` by title, four per row; each number is a share of its row's attention."""
     columns = min(4, len(patterns))
     rows = -(-len(patterns) // columns)
     figure = Picture(figsize=(1.95 * columns, 2.1 * rows))
@@ -188,7 +188,7 @@ def attention(patterns: Mapping[str, torch.Tensor], tokens: Sequence[str]) -> Pi
 @in_style
 def wiring(grids: Mapping[str, torch.Tensor], rows: Sequence[str], columns: Sequence[str], words: str,
            limits: tuple[float, float] | None) -> Picture:
-    """Heat maps of Layer 2's heads (rows) by Layer 1's (columns), two in a row (Figure 11), on one scale."""
+    """Heat maps of Layer 2's heads (rows) by Layer 1's (columns), two per row, on one scale (Figure 11)."""
     low, high = limits or (0.0, max(float(grid.max()) for grid in grids.values()))
     figure = Picture(figsize=(7.6, 3.3 * -(-len(grids) // 2)))
     for axes, (title, grid) in zip(figure.subplots(-(-len(grids) // 2), 2).flatten(), grids.items(), strict=False):

@@ -23,17 +23,17 @@ _WORDS = {each.name: each.words for each in EVAL_SETS}
 
 
 def _millions(axes: Axes, last: float) -> None:
-    """Sequences seen along x, in units that a reader can say."""
+    """Label the x axis with sequences seen, in thousands or millions."""
     axes.set_xlim(0, last)
     axes.set_xlabel("sequences seen")
     axes.xaxis.set_major_formatter(lambda x, _: "0" if x == 0 else f"{x / 1e6:g} M" if last >= 5e5 else f"{x / 1e3:g} k")
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, gap: float) -> None:
-    """Name lines at their right ends, (y, text, colour), spread where they would touch (`gap`, in y's units)."""
+    """Write names (y, text, colour) beside the right ends of lines, at least about `gap` apart, in units of y."""
     ends = sorted(ends)
     placed = [y for y, _, _ in ends]
-    for _ in range(200):  # neighbours that are too close push each other apart, half each
+    for _ in range(200):  # neighbours that are too close move apart, each by half
         for i in range(1, len(placed)):
             push = (gap - (placed[i] - placed[i - 1])) / 2
             if push > 1e-9:
@@ -44,7 +44,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, ga
 
 
 def table(rows: pd.DataFrame, digits: int = 3, *, index: bool = True) -> pd.io.formats.style.Styler:
-    """A table as the book sets it: numbers to so many digits and to the right, words to the left, "differs" in bold."""
+    """A table in the book's style: numbers on the right with `digits` decimals, words on the left, "differs" in bold."""
     styler = rows.style.format(precision=digits, thousands=",", na_rep="–").set_table_attributes('class="dataframe"')
     words = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
     styler = styler.set_properties(**{"text-align": "right"}).set_properties(subset=words, **{"text-align": "left"})
@@ -54,7 +54,7 @@ def table(rows: pd.DataFrame, digits: int = 3, *, index: bool = True) -> pd.io.f
 
 @in_style
 def similarities(groups: Mapping[str, torch.Tensor]) -> Picture:
-    """Distributions of cosine similarity, one for each named group of pairs of exemplars."""
+    """Distributions of cosine similarity, one per named group of pairs of exemplars."""
     figure = Picture(figsize=(7, 2.7))
     axes = figure.subplots()
     for (name, values), colour in zip(groups.items(), (PALETTE[2], PALETTE[3]), strict=False):
@@ -74,7 +74,7 @@ def similarities(groups: Mapping[str, torch.Tensor]) -> Picture:
 
 
 def _curve(axes: Axes, table: pd.DataFrame, colour: str) -> pd.Series:
-    """Median over runs against sequences seen, with the band from lowest to highest; returns the median."""
+    """Draw the median over runs against sequences seen, and the band from lowest to highest; return the median."""
     wide = table.pivot_table(index="sequences", columns="run", values="value")
     median = wide.median(axis=1)
     axes.plot(median.index, median, color=colour)
@@ -86,10 +86,10 @@ def _curve(axes: Axes, table: pd.DataFrame, colour: str) -> pd.Series:
 @in_style
 def loss_curves(table: pd.DataFrame, *, n_ways: int = 2,
                 published: Mapping[str, Sequence[tuple[float, float]]] | None = None) -> Picture:
-    """Loss against sequences seen, one line per evaluation set (Figure 3a): median over the column `run`, band its range.
+    """Loss (nats) against sequences seen, one line per evaluation set (Figure 3a): median over the column `run`, band its range.
 
-    `n_ways` labels stand in context. `published` gives, for an evaluation set, points (sequences, loss) of the paper, drawn as open
-    circles.
+    `n_ways` is the number of labels in context. `published` maps an evaluation set to points (sequences, loss) of the paper,
+    which are drawn as open circles.
     """
     figure = Picture(figsize=(7.6, 3.9))
     axes = figure.subplots()
@@ -121,8 +121,8 @@ def loss_curves(table: pd.DataFrame, *, n_ways: int = 2,
 def head_strengths(heads: pd.DataFrame, final: Sequence[float], *, layer: int = 1) -> Picture:
     """Induction strength of each head of a layer against sequences seen (Figure 3b), for one run.
 
-    `heads` has columns sequences, layer, head, strength (a sample of sequences); `final` the strengths at the end over
-    all training sequences, drawn as dots.
+    `heads` has the columns sequences, layer, head, strength (on a sample of sequences). `final` holds each head's strength at the
+    end over all training sequences, drawn as a dot.
     """
     figure = Picture(figsize=(7.6, 3.9))
     axes = figure.subplots()
@@ -144,9 +144,9 @@ def head_strengths(heads: pd.DataFrame, final: Sequence[float], *, layer: int = 
 
 @in_style
 def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping[str, str], *, n_ways: int = 2) -> Picture:
-    """Small multiples of loss, two in a row: columns panel, group, run, sequences, value (Figures 6, 15).
+    """Small multiples of loss (nats), two per row, from the columns panel, group, run, sequences, value (Figures 6, 15).
 
-    `panels` gives each panel's title, `colour` the groups in order; medians over runs, bands their range.
+    `panels` maps panels to titles, `colour` groups to colours, in order. Lines are medians over runs, bands their range.
     """
     figure = Picture(figsize=(7.6, 2.75 * -(-len(panels) // 2)))
     grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True).flatten()
@@ -178,11 +178,11 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
                threshold: bool = False, log: bool = False, dashed: Sequence[str] = (), y: str = "training loss (nats)",
                x: str | None = None, n_ways: int = 2, guess: bool = True, top: float | None = None,
                line: float | None = None) -> Picture:
-    """Curves of several groups of runs: columns group, run, sequences, value. A group's median over runs, band its range.
+    """Curves of groups of runs, from the columns group, run, sequences, value: each group's median over runs, and its range.
 
-    `colour` names the groups, in order. `guess` marks ln `n_ways`, the loss of guessing among the labels in context; `threshold`
-    marks 0.4 times that, and where each median first passes it; `published` are points (sequences, value) of the paper, open
-    circles; `x` names another axis than sequences seen; `line` is a moment.
+    `colour` maps groups to colours, in order. `guess` marks ln `n_ways`, the loss of guessing among the labels in context;
+    `threshold` marks 0.4 times that, and where each median is first below it. `published` maps groups to points (sequences,
+    value) of the paper, which are open circles. `x` replaces "sequences seen"; `line` is the x of a vertical line.
     """
     figure = Picture(figsize=(7.6, 4.1))
     axes = figure.subplots()
@@ -223,7 +223,7 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
     if x:
         axes.set_xlabel(x)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    names = sorted(height, key=lambda name: -height[name][1])  # as the curves lie, so that the eye finds them
+    names = sorted(height, key=lambda name: -height[name][1])  # from the highest curve to the lowest
     lines = [height[name][0] for name in names]
     if published:
         lines += axes.plot([], [], "o", mfc="white", mec=MUTED, ms=6.5, mew=1.6)
@@ -239,8 +239,8 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
 @in_style
 def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
                      published: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None) -> Picture:
-    """Panels of what a head does against its induction strength: columns run, head, strength and those named by `panels`
-    (column -> what it is called). The first run's heads with their numbers, other runs' grey; published values open circles."""
+    """What heads do against their induction strength, one plot per column in `panels` (column -> axis title); other columns are
+    run, head, strength. The first run's heads are coloured and numbered, other runs' grey, published values open circles."""
     figure = Picture(figsize=(7.6, 3.5))
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     first = table["run"].iloc[0]
@@ -266,8 +266,8 @@ def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
 
 @in_style
 def sweep(table: pd.DataFrame, varied: Sequence[str], claims: Mapping[str, Any]) -> Picture:
-    """Small multiples of a sweep: a panel a claim, its numbers against the first of `varied`, in colours the second, medians and
-    ranges over the rest (`seed` is always of the rest, unless it is alone). Shaded where the claim (`claims.Claim`) holds."""
+    """Small multiples of a sweep, one per claim: numbers against the first of `varied`, colours for the second, medians and
+    ranges over the rest. `seed` is among the rest unless it is alone. Shading marks where a claim (`claims.Claim`) holds."""
     order = sorted(varied, key=lambda name: name == "seed") or ["nth"]
     hue = next((name for name in order[1:] if name != "seed"), None)
     x = table[order[0]]
@@ -282,7 +282,7 @@ def sweep(table: pd.DataFrame, varied: Sequence[str], claims: Mapping[str, Any])
                      marker="o", legend=False)
         low, high = axes.get_ylim()
         sentence = key
-        if key in claims:  # a chapter of the reader's own may have others
+        if key in claims:  # a reader's own chapter may have other claims
             sentence = claims[key].sentence
             axes.axhspan(max(low, claims[key].low), min(high, claims[key].high), color=PALETTE[2], alpha=0.12, lw=0)
         axes.set(ylim=(low, high), xlabel=order[0], ylabel="", title="\n".join(textwrap.wrap(sentence, 36)))
@@ -300,19 +300,19 @@ def sweep(table: pd.DataFrame, varied: Sequence[str], claims: Mapping[str, Any])
 
 
 def _whole_numbers(axes: Axes, values: pd.Series) -> None:
-    """Ticks of counts at whole numbers, and of large ones with commas."""
+    """Put the ticks of counts at whole numbers; write large numbers with commas."""
     if values.max() > 1000:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     elif (values % 1 == 0).all():
-        if values.nunique() == 1:  # else there would be no whole number but that one
+        if values.nunique() == 1:  # otherwise the axis would show only one whole number
             axes.set_ylim(values.min() - 1, values.max() + 1)
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
 
 
 @in_style
 def distributions(of_runs: Mapping[str, Sequence[float]], by_rank: pd.Series) -> Picture:
-    """How numbers of runs spread, a panel each, and at the right those of their heads by rank (the index of `by_rank`)
-    (Figure 18). A dot is a run; a line the median."""
+    """Distributions over runs, one plot per quantity in `of_runs`; the last plot shows the strengths of their heads by rank, the
+    index of `by_rank` (Figure 18). Each dot is one run (or one of its heads), each line a median."""
     figure = Picture(figsize=(7.6, 3.2))
     grid = figure.subplots(1, len(of_runs) + 1, width_ratios=[1] * len(of_runs) + [2.4])
     panels = [*((words, pd.Series(values, [""] * len(values))) for words, values in of_runs.items()),

@@ -1,4 +1,4 @@
-"""A Sphinx extension: every build runs every chapter, since what changed may be the package and not the page."""
+"""A Sphinx extension: every build runs every chapter, since the package may have changed where the page has not."""
 
 import os
 from contextlib import suppress
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def setup(app):
-    """Called by Sphinx. What is expensive in a chapter is its runs, and those are stored; their progress goes to this terminal."""
+    """Called by Sphinx. Every notebook counts as outdated; stored runs keep that cheap. Progress goes to this terminal."""
     app.connect("env-get-outdated", lambda app, env, added, changed, removed: [
         name for name in env.found_docs if str(env.doc2path(name)).endswith(".ipynb")])
     terminal = f"/proc/{os.getpid()}/fd/2"

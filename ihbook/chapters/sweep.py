@@ -1,4 +1,4 @@
-"""A chapter over a grid of parameters: every point by papermill, wherever there are workers; its numbers in one table."""
+"""Run a chapter at every point of a grid of parameters, by papermill, here or elsewhere; gather its numbers in one table."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from ihbook.chapters.claims import CLAIMS, Verdict
 from ihbook.engine import cluster
 from ihbook.files import writing
 
-NUMBERS = "application/vnd.ihbook.numbers+json"  # the output in which a notebook hands over its numbers
+NUMBERS = "application/vnd.ihbook.numbers+json"  # the type of the output that holds a notebook's numbers
 LAST_CELL = "from ihbook.chapters import sweep\n\nsweep.hand_over(verdicts)"
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One choice of parameters, and the folder of what came of it: `out.ipynb`, and `numbers.json` once it is finished."""
+    """One choice of parameters, and the folder of its results: `out.ipynb`, and `numbers.json` once the point is finished."""
 
     parameters: dict[str, Any]
     folder: Path
@@ -46,7 +46,7 @@ class Point:
         return ", ".join(f"{name}={value}" for name, value in self.parameters.items())
 
     def numbers(self) -> list[dict] | None:
-        """What was measured; None where the point is not finished."""
+        """The point's numbers, one dict per claim and seed; None where the point is not finished."""
         try:
             return json.loads((self.folder / "numbers.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -55,8 +55,8 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """What came of a sweep. `table` is tidy: the parameters, claim, nth (of the seeds), value, verdict. `failed` are the points
-    without numbers, and why; `page` is the HTML page of small multiples."""
+    """The results of a sweep. `table` is tidy: the parameters, claim, nth (of the seeds, from 0), value, verdict. `failed` maps
+    each point that failed to its error; `page` is the path of the HTML page with small multiples."""
 
     table: pd.DataFrame
     failed: dict[Point, str]
@@ -64,17 +64,17 @@ class Sweep:
 
 
 def hand_over(verdicts: Sequence[Verdict]) -> None:
-    """Give a chapter's numbers to the sweep that runs it: its last cell, which the sweep puts there."""
+    """Hand a chapter's numbers to the sweep that runs it, which adds a last cell with this call to the chapter."""
     rows = [{"claim": verdict.key, "nth": i, "value": value if math.isfinite(value) else str(value), "verdict": verdict.word}
             for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]  # JSON has no NaN
     display({NUMBERS: rows}, raw=True)
 
 
 def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) -> list[Point]:
-    """Every point of the grid, in order. A chapter's `profile` is this process's (IHBOOK_PROFILE) where the grid has none.
+    """Every point of the grid, in order. If the grid has no `profile`, the profile is this process's (IHBOOK_PROFILE).
 
-    Raises ValueError for a notebook that is not there or tests no claims, a parameter that it does not have, one without values or
-    with the same value twice, and a value that is not a scalar.
+    Raises ValueError for a notebook that does not exist or tests no claims, a parameter that it does not have, a parameter
+    without values or with the same value twice, and a value that is not a scalar.
     """
     notebook = Path(notebook)
     if not notebook.is_file():
@@ -82,7 +82,12 @@ def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) 
     code = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
     if not any("verdicts = [" in source for source in code):
         raise ValueError(f"{notebook} makes no list `verdicts` to gather numbers from; choose a chapter that tests claims")
-    known = papermill.inspect_notebook(str(notebook))
+    try:
+        known = papermill.inspect_notebook(str(notebook))
+    except ValueError as error:
+        raise ValueError(f"{notebook} can't be run ({error}); save it from Jupyter, which names its kernel") from error
+    if not known:
+        raise ValueError(f"{notebook} has no parameters; give its cell of them the tag `parameters`")
     every: dict[str, list] = {"profile": [None]} if "profile" in known else {}
     for name, values in grid.items():
         if name not in known:
@@ -109,10 +114,10 @@ def sweep(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path, *
           progress: bool = True) -> Sweep:
     """Run a chapter at every point of a grid, such as {"n_labels": [5, 10], "seed": range(8)}, and gather its numbers.
 
-    `out` then holds a folder a point, `numbers.parquet`, and `index.html`. Finished points are kept, and skipped by the next call.
-    A point that fails does not stop the others. `executor` says where they run, any of `concurrent.futures` or a Dask client's
-    (None: here, one after the other); it needs no folder in common with this process. Raises ValueError as `points` does, OSError
-    where `out` can't be written.
+    `out` then holds one folder per point, `numbers.parquet`, and `index.html`. Finished points are kept, and the next call skips
+    them. A point that fails does not stop the others. Points run on `executor`, any of `concurrent.futures` or a Dask client's
+    (None: here, one after another); it needs no folder in common with this process. Raises ValueError as `points` does, OSError
+    where `out` can't be written or the scheduler is lost.
     """
     every = points(notebook, grid, out)
     _try_to_write(Path(out))
@@ -130,13 +135,13 @@ def sweep(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path, *
                 else:
                     failed[point] = error
                 bar.update()
-    finally:  # also of what an interrupted sweep has so far
+    finally:  # also when the sweep is interrupted
         done = _gathered(Path(notebook).stem, every, failed, Path(out))
     return done
 
 
 def _gathered(name: str, every: Sequence[Point], failed: dict[Point, str], out: Path) -> Sweep:
-    """The numbers of all points that are finished, as a table and a page in `out`."""
+    """Write the numbers of all finished points to `out`, as a table and a page."""
     names = list(every[0].parameters)
     rows = [{**point.parameters, **row} for point in every for row in point.numbers() or ()]
     table = pd.DataFrame(rows, columns=[*names, "claim", "nth", "value", "verdict"]).astype({"value": float})
@@ -154,7 +159,7 @@ def _gathered(name: str, every: Sequence[Point], failed: dict[Point, str], out: 
 
 
 def _try_to_write(out: Path) -> None:
-    """Raise OSError that names `out` where nothing can be written there: before anything is run."""
+    """Raise OSError that names `out` where nothing can be written there, before any point runs."""
     try:
         (out / "points").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
@@ -164,7 +169,7 @@ def _try_to_write(out: Path) -> None:
 
 
 def grid(parameters: Sequence[Sequence[str]]) -> dict[str, list]:
-    """Lists of a name and values, as on a command line, as a grid: "5" is a number, "0:8" stands for 0 to 7, "None" for None.
+    """A grid from a command line's lists of a name and its values: "5" is a number, "0:8" stands for 0 to 7, "None" for None.
 
     Raises ValueError for a name without values or given twice.
     """
@@ -180,7 +185,7 @@ def grid(parameters: Sequence[Sequence[str]]) -> dict[str, list]:
 
 
 def _value(word: str) -> Any:
-    """A word of a command line as Python reads it, or as it stands."""
+    """A word of a command line as a Python literal, or else as a string."""
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError):
@@ -188,9 +193,9 @@ def _value(word: str) -> Any:
 
 
 @contextmanager
-def places(processes: int | None = None, scheduler: str | None = None) -> Iterator[Executor | None]:
-    """Where points run: here, in so many processes, or on the Dask cluster of a scheduler. Raises ValueError for fewer than one
-    process, OSError where no scheduler answers or it has no workers."""
+def executor_for(processes: int | None = None, scheduler: str | None = None) -> Iterator[Executor | None]:
+    """Yield the executor of a sweep: `processes` processes, the Dask cluster of `scheduler`, or None (here). Raises ValueError
+    for fewer than one process, OSError where no scheduler answers or it has no workers, ImportError without Dask."""
     if processes is not None and processes < 1:
         raise ValueError(f"processes={processes} must be at least 1")
     if scheduler is not None:
@@ -201,7 +206,7 @@ def places(processes: int | None = None, scheduler: str | None = None) -> Iterat
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             try:
                 yield pool
-            except BaseException:  # such as Ctrl-C: it does not wait for the points that it has begun
+            except BaseException:  # such as Ctrl-C: do not wait for points that have begun
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
                     process.terminate()
@@ -210,11 +215,11 @@ def places(processes: int | None = None, scheduler: str | None = None) -> Iterat
         yield None
 
 
-Outcome = tuple[str, list[dict] | None, str | None]  # the notebook as executed, its numbers, what went wrong
+Outcome = tuple[str, list[dict] | None, str | None]  # the executed notebook, its numbers, its error
 
 
 def _executed(source: str, waiting: Sequence[Point], executor: Executor | None) -> Iterator[tuple[Point, Outcome]]:
-    """Each point with what came of it, as they are finished."""
+    """Yield each point with its outcome, as they finish. Raises OSError where the scheduler is lost."""
     if executor is None:
         for point in waiting:
             yield point, execute(source, point.parameters)
@@ -235,7 +240,7 @@ def _executed(source: str, waiting: Sequence[Point], executor: Executor | None) 
 
 
 def execute(source: str, parameters: Mapping[str, Any]) -> Outcome:
-    """Run a notebook, given as JSON text, with these parameters."""
+    """Run a notebook, given as JSON text, with these parameters. An error is part of the outcome; it is not raised."""
     notebook = nbformat.reads(source, 4)
     notebook.cells.append(nbformat.v4.new_code_cell(LAST_CELL))
     with tempfile.TemporaryDirectory() as folder:
@@ -243,7 +248,7 @@ def execute(source: str, parameters: Mapping[str, Any]) -> Outcome:
         nbformat.write(notebook, given)
         try:
             done = papermill.execute_notebook(str(given), str(out), dict(parameters), kernel_name="python3", progress_bar=False)
-        except Exception as error:  # whatever goes wrong with a point is told, and the others go on
+        except Exception as error:  # any error of a point is reported, and the others continue
             return out.read_text(encoding="utf-8") if out.exists() else "", None, f"{type(error).__name__}: {error}"
         numbers = next(output.data[NUMBERS] for output in done.cells[-1].outputs if NUMBERS in output.get("data", {}))
         return out.read_text(encoding="utf-8"), numbers, None

@@ -1,9 +1,10 @@
 """Clamps: interventions that hold throughout training, or on a finished network.
 
-`write.py` says what a clamp is; `attention.py` and `content.py` are the catalogue; `compose.py` makes one forward pass of many.
-The rest of the network computes from what a clamp sets, and learns around it. A replaced entry passes no gradient to what it
-replaced; everything else passes its own, and nothing is detached but a donor network, which is frozen. Clamps compose by standing
-in one list. A clamp of one's own is a frozen dataclass with a method `writes(shape)` that returns `Write`s (see Extending).
+`write.py` says what a clamp is, `attention.py` and `content.py` hold the catalogue, and `compose.py` makes one forward pass of
+many clamps. The rest of the network computes from what a clamp sets, and learns around it. A replaced entry passes no gradient to
+what it replaced; everything else passes its own. Nothing is detached except a donor network, which is frozen. Clamps compose by
+standing in one list. A clamp raises ValueError at once for an impossible value, and in `writes` where the network can't have it.
+A reader's own clamp is a frozen dataclass with a method `writes(shape)` that returns `Write`s (see Extending).
 """
 
 from ihbook.clamps.attention import (

@@ -1,4 +1,4 @@
-"""Clamps of attention: where heads look (§3 of the paper; chapter 5 draws them)."""
+"""Clamps of attention: they set where heads attend (§3 of the paper; chapter 5 draws them)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ihbook.clamps.write import BLOCKED, Clamp, Head, OnHeads, Shape, Write, fraction, on_heads
+from ihbook.checks import between
+from ihbook.clamps.write import BLOCKED, Clamp, Head, OnHeads, Shape, Write, on_heads
 from ihbook.model import Activations
 
 
@@ -18,10 +19,9 @@ def _previous_token_rows(shape: Shape, labels_only: bool) -> list[int]:
 
 @dataclass(frozen=True)
 class PreviousToken(OnHeads):
-    """The heads' pattern: `strength` on the previous token, 1 − `strength` on itself; position 0 attends to itself.
-
-    `labels_only` sets the rows of label positions alone. Figures 5b, 8, 10.
-    """
+    """The heads' pattern puts `strength` on the previous token and 1 − `strength` on the token itself; position 0 attends to
+    itself. `labels_only` sets the rows of label positions alone. Raises ValueError unless `strength` is 0 to 1. Figures 5b, 8,
+    10."""
 
     heads: tuple[Head, ...]
     strength: float = 1.0
@@ -29,7 +29,7 @@ class PreviousToken(OnHeads):
 
     def __post_init__(self):
         super().__post_init__()
-        fraction(self, "strength", self.strength)
+        between(f"{type(self).__name__}: strength", self.strength, 0, 1)
 
     def writes(self, shape: Shape) -> list[Write]:
         rows = _previous_token_rows(shape, self.labels_only)
@@ -45,7 +45,7 @@ class PreviousToken(OnHeads):
 
 @dataclass(frozen=True)
 class BlockPreviousToken(OnHeads):
-    """The heads' pre-softmax score for the previous token is −1e9, at all positions or at label positions only."""
+    """The heads' pre-softmax score for the previous token is −1e9, at all positions or (`labels_only`) at label positions."""
 
     heads: tuple[Head, ...]
     labels_only: bool = False
@@ -58,17 +58,15 @@ class BlockPreviousToken(OnHeads):
 
 
 def _on_labels(weights: Tensor) -> Tensor:
-    """Weights over pairs `[run, batch, pair]` as a query row: on their label tokens, `[run, batch, 1, 1, k_pos]`."""
+    """Weights over pairs `[run, batch, pair]` as a query row `[run, batch, 1, 1, k_pos]`, placed on the pairs' label tokens."""
     row = torch.stack([torch.zeros_like(weights), weights], -1).flatten(2)
     return F.pad(row, (0, 1))[:, :, None, None]
 
 
 @dataclass(frozen=True)
 class _LabelRow:
-    """The query's attention shared equally among the label tokens that are right (or wrong).
-
-    Where no label token is wrong, the wrong ones' share goes to the right ones too, so that a row sums to 1.
-    """
+    """The query's attention, shared equally among the label tokens that are right (or wrong). If no label token is wrong, the
+    right ones get the share of the wrong ones too, so that the row sums to 1."""
 
     right: bool
 
@@ -87,10 +85,11 @@ def _query_rows(clamp: Clamp, heads: tuple[Head, ...], shape: Shape, terms) -> l
 
 @dataclass(frozen=True)
 class Induction(OnHeads):
-    """The query's pattern row: `strength` on the right label token, 1 − `strength` on the wrong one, 0 elsewhere.
+    """The query's pattern row puts `strength` on the right label token, 1 − `strength` on the wrong one, and 0 elsewhere.
 
-    With more pairs, the right label tokens share `strength` equally, and the wrong ones 1 − `strength`; where none is
-    wrong, the right ones have it all. Strength 1 clamps the match (step 4). Figures 5b, 6, 10, 15, 16.
+    With more pairs, the right label tokens share `strength` equally and the wrong ones share 1 − `strength`; if none is wrong,
+    the right ones have it all. Strength 1 clamps the match (step 4). Raises ValueError unless `strength` is 0 to 1. Figures 5b,
+    6, 10, 15, 16.
     """
 
     heads: tuple[Head, ...]
@@ -98,7 +97,7 @@ class Induction(OnHeads):
 
     def __post_init__(self):
         super().__post_init__()
-        fraction(self, "strength", self.strength)
+        between(f"{type(self).__name__}: strength", self.strength, 0, 1)
 
     def writes(self, shape: Shape) -> list[Write]:
         terms = ((self.strength, _LabelRow(True)), (1 - self.strength, _LabelRow(False)))
@@ -107,7 +106,7 @@ class Induction(OnHeads):
 
 @dataclass(frozen=True)
 class _SimilarityRow:
-    """Softmax over context exemplars of cosine(query features, exemplar features) / temperature, on label tokens."""
+    """Softmax over context exemplars of cosine(query features, exemplar features) / temperature, on their label tokens."""
 
     temperature: float
 
@@ -115,15 +114,16 @@ class _SimilarityRow:
         features = F.normalize(acts.batch.exemplars.to(acts.params["unembed.bias"].dtype), dim=-1)
         cosine = (features[:, :, :-1] * features[:, :, -1:]).sum(-1)
         if self.temperature == 0:
-            first = cosine.argmax(2, keepdim=True)  # F.one_hot would look into the data, which a compiled program can't
+            first = cosine.argmax(2, keepdim=True)  # F.one_hot reads the data, which a compiled program can't do
             return _on_labels((first == torch.arange(cosine.shape[2], device=first.device)).to(cosine.dtype))
         return _on_labels((cosine / self.temperature).softmax(2))
 
 
 @dataclass(frozen=True)
 class SimilarityMatch(OnHeads):
-    """The query's pattern row matches by the raw features: a softmax over context exemplars of their cosine with the
-    query, over `temperature`, placed on their label tokens. Temperature 0 is the arg-max (the first of equals)."""
+    """The query's pattern row matches by the raw features: a softmax over context exemplars of their cosine with the query,
+    divided by `temperature`, placed on their label tokens. Temperature 0 is the arg-max (the first of equals). Raises ValueError
+    unless `temperature` is 0 or at least 1e-6."""
 
     heads: tuple[Head, ...]
     temperature: float = 0.0
@@ -140,10 +140,9 @@ class SimilarityMatch(OnHeads):
 
 @dataclass(frozen=True)
 class HeadTemperature(OnHeads):
-    """The heads' pre-softmax scores are divided by `temperature`, at all positions; gradients scale with them.
-
-    Scores that another clamp sets are set after, and not divided.
-    """
+    """The heads' pre-softmax scores are divided by `temperature`, at all positions; gradients scale with them. Scores that
+    another clamp sets are set afterwards, so they are not divided. Raises ValueError unless `temperature` is positive and
+    finite."""
 
     heads: tuple[Head, ...]
     temperature: float
@@ -159,7 +158,7 @@ class HeadTemperature(OnHeads):
 
 @dataclass(frozen=True)
 class LabelAttentionOnly(OnHeads):
-    """Last layer: for these heads the query's scores at exemplar tokens, its own included, are −1e9."""
+    """The heads' scores from the query to exemplars, itself included, are −1e9. Raises ValueError outside the last layer."""
 
     heads: tuple[Head, ...]
 

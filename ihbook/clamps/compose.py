@@ -1,10 +1,9 @@
-"""How clamps compose into one forward pass: a plan of overrides, for a family of runs or for one network.
-
-Two clamps of a run never set the same entry. All clamps that write the same sites are one program.
-"""
+"""How clamps compose into one forward pass: a plan of overrides, for a family of runs or for one network. Two clamps of one run
+never set the same entry. Clamps that write the same sites, in the same manner and from the same sources, share one program."""
 
 from __future__ import annotations
 
+import reprlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,22 +18,30 @@ from ihbook.config import ModelConfig
 from ihbook.model import KIND, Activations, Override, Params, Site, Source, Weights, forward, stack
 from ihbook.task import Batch
 
-Writes = dict[Site, dict[str, list[Write]]]  # of one run, by activation and manner
+Writes = dict[Site, dict[str, list[Write]]]  # one run's writes, by activation and by `how`
 
 
 def run_with_clamps(weights: Weights, batch: Batch, clamps: Sequence[Clamp] = (), *, query_only: bool = False) -> Activations:
-    """One network's activations on a batch of one run, under `clamps` (chapter 5). Gradients are on as usual.
+    """One network's activations on a batch of one run, under `clamps` (chapter 5). Gradients reach the batch's features alone.
 
-    `query_only` leaves out what the logits do not need (`model.forward`). Windows that end are over (`During`). Raises ValueError
-    where a clamp does not fit the network, two set the same entry, or a label is not the network's.
+    `query_only` computes only what the logits need (`model.forward`). Windows that end are over (`During`). Raises ValueError
+    where a clamp does not fit the network, two clamps set the same entry, or a label is not one of the network's.
     """
     n_pairs = batch.labels.shape[2] - 1
-    if not 0 <= batch.labels.min() <= batch.labels.max() < weights.n_labels:
-        raise ValueError(f"labels are from {batch.labels.min()} to {batch.labels.max()}, but the network has n_labels="
-                         f"{weights.n_labels}; they must be from 0 to {weights.n_labels - 1}")
+    check_batch(weights, batch)
     check(clamps, Shape(weights.config.n_layers, weights.config.n_heads, n_pairs), weights)
     plan = make_plan([active(clamps, float("inf"))], weights.config, n_pairs, dtype=weights.tensors["unembed.bias"].dtype)
     return plan(stack([weights]), batch, weights.config, query_only=query_only)
+
+
+def check_batch(network: Weights, batch: Batch) -> None:
+    """Raise ValueError where a batch's labels or features are not those of the network."""
+    if not 0 <= batch.labels.min() <= batch.labels.max() < network.n_labels:
+        raise ValueError(f"labels are from {batch.labels.min()} to {batch.labels.max()}, but the network has n_labels="
+                         f"{network.n_labels}; they must be from 0 to {network.n_labels - 1}")
+    if batch.bank.shape[2] != network.d_exemplar:
+        raise ValueError(f"the characters of these sequences have {batch.bank.shape[2]} features, but the network takes "
+                         f"{network.d_exemplar}; draw sequences from the bank that it was trained on")
 
 
 def bare(clamp: Clamp) -> Clamp:
@@ -48,17 +55,19 @@ def active(clamps: Sequence[Clamp], sequences: float) -> tuple[Clamp, ...]:
 
 
 def edges(clamps: Sequence[Clamp]) -> list[int]:
-    """The numbers of sequences seen at which a clamp goes on or off."""
+    """The numbers of sequences seen, above 0, at which a clamp goes on or off; sorted."""
     windows = [c for c in clamps if isinstance(c, During)]
     return sorted({e for c in windows for e in (c.start, c.until) if e})
 
 
 def check(clamps: Sequence[Clamp], shape: Shape, network: Weights | None = None) -> None:
-    """Raise ValueError where a clamp does not fit the network, or two set the same entry at some time in training."""
+    """Raise ValueError where a clamp does not fit the network, or two set the same entry at the same time in training."""
     if hasattr(clamps, "writes"):
         raise ValueError(f"{clamps!r} is one clamp; give a list of them, [...]")
     for clamp in clamps:
-        if not hasattr(clamp, "writes"):
+        if isinstance(bare(clamp), type):
+            raise ValueError(f"{bare(clamp).__name__} is a class; give a clamp made of it, {bare(clamp).__name__}(...)")
+        if not hasattr(bare(clamp), "writes"):
             raise ValueError(f"{clamp!r} is not a clamp; use one from ihbook.clamps, or give yours a method writes(shape)")
         if network is not None and isinstance(bare(clamp), Graft):
             bare(clamp).check_donor(network)
@@ -67,14 +76,17 @@ def check(clamps: Sequence[Clamp], shape: Shape, network: Weights | None = None)
 
 
 def _writes_of(clamps: Sequence[Clamp], shape: Shape, network: Weights | None = None) -> Writes:
-    """One run's writes. Raises ValueError where two clamps write the same entry, or nothing would read a write."""
+    """One run's writes. Raises ValueError for two grafts, two clamps that write one entry, or a write that nothing would read."""
     grafts = [c for c in clamps if isinstance(c, Graft)]
     if len(grafts) > 1:
         raise ValueError(f"{grafts[0]} and {grafts[1]}: a network takes one graft; choose one")
     sites: Writes = defaultdict(lambda: defaultdict(list))
     writers: dict[tuple[Site, str], list[tuple[Clamp, Write]]] = defaultdict(list)
     for clamp in clamps:
-        for write in clamp.writes(shape):
+        writes = clamp.writes(shape)
+        if not isinstance(writes, (list, tuple)) or not all(isinstance(write, Write) for write in writes):
+            raise ValueError(f"{type(clamp).__name__}.writes gave {reprlib.repr(writes)}; it must return a list of Writes")
+        for write in writes:
             site = write.name, write.layer
             _check_write(clamp, write, shape, network)
             for other, earlier in writers[site, write.how] if write.how not in ("hold", "add") else []:
@@ -88,16 +100,19 @@ def _writes_of(clamps: Sequence[Clamp], shape: Shape, network: Weights | None = 
 
 
 def _check_write(clamp: Clamp, write: Write, shape: Shape, network: Weights | None) -> None:
-    """Raise ValueError where nothing would read the write; clamps of the reader's own come here too."""
-    name = type(clamp).__name__  # not its repr, which for a graft digests the donor, at every plan
+    """Raise ValueError where nothing would read the write; a reader's own clamps are checked here too."""
+    name = type(clamp).__name__  # not the repr: a graft's would digest the donor at every plan
     one_of(f"{name}: a Write's name", write.name, tuple(KIND))
     one_of(f"{name}: a Write's how", write.how, HOWS)
     layers = (None,) if write.name in ("token_embed", "logits") else tuple(range(shape.n_layers))
     one_of(f"{name}: the layer of a Write of {write.name}", write.layer, layers)
+    if network is not None and not network.config.mlp_ratio and write.name in ("resid_mid", "mlp_out"):
+        raise ValueError(f"{name}: a network without an MLP (mlp_ratio=0) has no {write.name}")
     expected = shape.zeros(write.name).shape
-    if write.where.dtype != torch.bool or write.where.shape != expected:
-        raise ValueError(f"{clamp}: a Write of {write.name} has where of {write.where.dtype} {list(write.where.shape)}; it must be "
-                         f"bool {list(expected)}, as shape.zeros({write.name!r}) makes it")
+    if not isinstance(write.where, Tensor) or write.where.dtype != torch.bool or write.where.shape != expected:
+        where = f"{write.where.dtype} {list(write.where.shape)}" if hasattr(write.where, "shape") else repr(write.where)
+        raise ValueError(f"{clamp}: a Write of {write.name} has where of {where}; it must be "
+                         f"bool {list(expected)}, a tensor as shape.zeros({write.name!r}) makes it")
     if write.how == "scale" and (len(write.terms) != 1 or write.terms[0][1] is not None):
         raise ValueError(f"{clamp}: a Write of {write.name} that scales has the terms {write.terms}; it must have one, "
                          "((number, None),)")
@@ -108,12 +123,13 @@ def _check_write(clamp: Clamp, write: Write, shape: Shape, network: Weights | No
         wide = len(found) > len(expected) and kind != "attention"
         fits = [*expected, width.get(kind, found[-1])] if wide else list(expected)
         if len(found) > len(fits) or any(n not in (1, m) for n, m in zip(found[::-1], fits[::-1], strict=False)):
-            raise ValueError(f"{clamp}: a Write of {write.name} has a coefficient of {found}, which does not broadcast to {fits}: "
-                             f"its entries{', and its features' * wide}")
+            hint = f"; for a vector of features give {[1] * len(expected) + found}" if found == [width.get(kind)] else ""
+            raise ValueError(f"{name}: a Write of {write.name} has a coefficient of {found}, which does not broadcast to {fits}: "
+                             f"its entries{', and its features' * wide}{hint}")
 
 
 def _entry(site: Site, where: Tensor) -> str:
-    """A few words for the first entry of `where`."""
+    """The first entry of `where` in a few words, for an error message."""
     name, layer = site
     first = where.nonzero()[0].tolist() if where.ndim else []
     head = f" of head {layer}.{first.pop(0)}" if KIND[name] in ("attention", "head") else (
@@ -122,7 +138,7 @@ def _entry(site: Site, where: Tensor) -> str:
 
 
 def _clamped_anyway(site: Site, sites: Writes, like: Tensor) -> Tensor:
-    """Entries set at this site or upstream of it; what `Preserve` keeps must not overwrite them."""
+    """Entries set at this site, or fed by clamped scores or `qk_input`; what `Preserve` keeps must not overwrite them."""
     name, layer = site
     taken = torch.zeros_like(like)
     for write in sites[site]["set"] + sites[site]["hold"] if site in sites else []:
@@ -142,7 +158,7 @@ class Plan:
 
     overrides: dict[Site, Override] = field(default_factory=dict)
     donor: Params | None = None
-    frozen: dict[str, Tensor] = field(default_factory=dict)  # weight name -> bool [run, 1, …]: the donor's
+    frozen: dict[str, Tensor] = field(default_factory=dict)  # weight name -> bool [run, 1, …]: where the donor's is used
 
     def __call__(self, params: Params, batch: Batch, config: ModelConfig, *, query_only: bool = False) -> Activations:
         """A forward pass under these clamps."""
@@ -151,24 +167,11 @@ class Plan:
         return forward(params, batch, config, self.overrides, query_only=query_only, donor=self.donor)
 
 
-def clamp_signature(clamps: Sequence[Clamp], shape: Shape) -> frozenset:
-    """What of a run's clamps a program is made for: the sites that they write, how, and of what. Entries and numbers are data."""
-
-    def term_of(write: Write, coefficient: Tensor, source: Source | None) -> tuple:
-        return source, *coefficient.shape[write.where.ndim:]
-
-    return frozenset((w.name, w.layer, w.how, tuple(term_of(w, torch.as_tensor(number), source) for number, source in w.terms
-                                                    if torch.as_tensor(number).any()))
-                     for clamp in clamps for w in clamp.writes(shape))
-
-
 def make_plan(clamps: Sequence[Sequence[Clamp]], config: ModelConfig, n_pairs: int, *, compile_with: Sequence[Sequence[Clamp]] = (),
               dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Plan:
-    """The plan of a family: for each of its runs, the clamps that hold (no windows: see `active`).
-
-    It has the form that it would have if there were runs with the clamps in `compile_with` too, so that families of
-    different clamps are one program. Raises ValueError where a clamp does not fit the network or two set the same entry.
-    """
+    """The plan of a family: for each of its runs, the clamps that hold (without windows: see `active`). It has the same form as
+    if runs with the clamps in `compile_with` were there too, so that families with different clamps share one program.
+    Raises ValueError where a clamp does not fit the network or two set the same entry."""
     shape, first = Shape(config.n_layers, config.n_heads, n_pairs), len(compile_with)
     every = [*compile_with, *clamps]
     writes = [_writes_of(each, shape) for each in every]  # terms keep this order, which is part of the program's key
@@ -187,14 +190,14 @@ def make_plan(clamps: Sequence[Sequence[Clamp]], config: ModelConfig, n_pairs: i
 
 
 def _after(name: str, layer: int) -> bool:
-    """Whether a weight belongs to what follows layer `layer`."""
+    """Whether the weight `name` belongs to what comes after layer `layer`."""
     first, _, rest = name.partition(".")
     return int(rest.split(".")[0]) > layer if first == "layers" else first in ("final_norm", "unembed")
 
 
 def _override(site: Site, writes: list[Writes], first: int, shape: Shape, dtype: torch.dtype,
               device: str | torch.device) -> Override:
-    """The writes of all runs at one site, stacked; of these, from `first` on. A run that writes nothing there has an empty mask."""
+    """All runs' writes at one site, stacked, then cut to the runs from `first` on. A run without a write has an empty mask."""
     kind, nothing, n_runs = KIND[site[0]], shape.zeros(site[0]), len(writes)
     where = nothing.expand(n_runs, *nothing.shape).clone()
     scale = torch.ones(n_runs, *nothing.shape, dtype=dtype)
@@ -222,7 +225,7 @@ def _override(site: Site, writes: list[Writes], first: int, shape: Shape, dtype:
             collect(added, i, write, write.where)
 
     def inside(x: Tensor) -> Tensor:
-        """From `[run, *entries, features or 1]` to the order inside: features before positions, and the batch last."""
+        """From `[run, *entries, features or 1]` to the order inside: features before positions, the batch last."""
         x = x if kind == "attention" else (x if kind == "logits" else x.transpose(-1, -2)).unsqueeze(-1)
         return x[first:].contiguous().to(device)
 

@@ -1,4 +1,4 @@
-"""Clamps of what is moved: values, logits, streams, whole layers (§3 of the paper), and steering."""
+"""Clamps of what heads and layers write: values, logits, the residual stream, whole layers (§3 of the paper); and steering."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ihbook.model import KIND, Activations, Weights
 
 @dataclass(frozen=True)
 class Ablate(OnHeads):
-    """The heads' value vectors are 0 at all positions. No gradient reaches their value weights."""
+    """The heads' value vectors are 0 at all positions and pass no gradient. Figures 4, 5b, 6, 8, 10–14, 16–18; Tables 1–3; §3."""
 
     heads: tuple[Head, ...]
 
@@ -38,12 +38,12 @@ class _FromUnclamped:
 
 @dataclass(frozen=True)
 class Preserve:
-    """`what` ("patterns", "values", "queries" or "keys") of every layer is taken from a pass with no clamps at all.
+    """Patterns, values, queries or keys (`what`, one or several) of every layer are taken from a pass with no clamps at all.
 
-    Preserving patterns lets only the values feel an ablation; preserving values, only the patterns; both, only the direct
-    connection to the output. Gradients flow through that pass too. Whatever another clamp sets wins: the ablated values, a clamped
-    pattern, the row of a pattern whose scores are clamped, the layers that `PerfectLayer1` feeds. A part that is grafted above is
-    the donor's in that pass too. Figures 11, 12; Table 1; §3.
+    This is path patching. If patterns are preserved, only the values feel an ablation; if values are, only the patterns; if both
+    are, only the direct connection to the output. Gradients flow through that pass too. What another clamp sets is not preserved:
+    ablated values, a clamped pattern, the row of a pattern whose scores are clamped, the layers that `PerfectLayer1` feeds. A
+    part that is grafted above is the donor's in that pass too. Raises ValueError for another `what`. Figures 11, 12; Table 1; §3.
     """
 
     what: tuple[str, ...]
@@ -74,7 +74,7 @@ class _CopiedScores:
         scores = acts["attn_scores", self.layer][:, :, self.head, -1, 1::2]
         labels = acts.batch.labels[:, :, :-1]
         n_labels = acts.params["unembed.bias"].shape[1]
-        # Adding the probabilities of repeated labels is a log-sum-exp of their scores.
+        # The probabilities of a repeated label are added: a log-sum-exp of its scores.
         seen = labels[..., None] == torch.arange(n_labels, device=labels.device)
         logits = torch.where(seen, scores[..., None], BLOCKED).logsumexp(2)
         return torch.where(seen.any(2), logits, BLOCKED)
@@ -82,11 +82,11 @@ class _CopiedScores:
 
 @dataclass(frozen=True)
 class Copy:
-    """The query's logits are `head`'s pre-softmax scores at the label tokens in context; −1e9 for all other labels.
+    """The query's logits are `head`'s pre-softmax scores at the label tokens in context, and −1e9 for all other labels.
 
-    The scores are those of the pass with the other clamps, scaled by d_head^-½. Of labels that stand in context more than
-    once the probabilities are added. With `PerfectLayer1`, this is the paper's "layer 1 + copy". No gradient reaches
-    the unembedding, or any value vector but through `head`'s scores. Figures 5b, 6.
+    The scores are those of the pass with the other clamps, scaled by d_head^-½. If a label stands in context more than once, its
+    probabilities are added. With `PerfectLayer1`, this is the paper's "layer 1 + copy". No gradient reaches the unembedding;
+    value vectors get gradients only through `head`'s scores. Raises ValueError for more than one head. Figures 5b, 6.
     """
 
     head: Head
@@ -100,7 +100,7 @@ class Copy:
         object.__setattr__(self, "head", heads[0])
 
     def writes(self, shape: Shape) -> list[Write]:
-        on_heads(self, (self.head,), shape, "attn_scores", True, ())  # checks that there is such a head
+        on_heads(self, (self.head,), shape, "attn_scores", True, ())  # raises ValueError if there is no such head
         return [Write("logits", None, ~shape.zeros("logits"), ((1.0, _CopiedScores(*self.head)),))]
 
 
@@ -109,14 +109,14 @@ def _embeddings(acts: Activations) -> Tensor:
 
 
 def _copied_embeddings(acts: Activations) -> Tensor:
-    """Token embeddings, each but the first and the query replaced by the previous token's."""
+    """Token embeddings; each except the first and the query is replaced by the previous token's."""
     x = acts["token_embed", None]
     return torch.cat([x[:, :, :1], x[:, :, :-2], x[:, :, -1:]], 2)
 
 
 @dataclass(frozen=True)
 class _WithCopiedEmbeddings:
-    """The stream before a layer, with the copied embeddings in place of the token embeddings that it started from."""
+    """The residual stream before a layer, with copied embeddings in place of the token embeddings that it started from."""
 
     layer: int
 
@@ -128,11 +128,11 @@ class _WithCopiedEmbeddings:
 class PerfectLayer1:
     """The patterns of Layer 2 are computed as if Layer 1 had written a perfect previous-token copy (steps 1–2).
 
-    Queries and keys read the token embeddings with each token but the first and the query replaced by the one before. Values read
-    the plain token embeddings, which form the residual stream: nothing of the learnt Layer 1 interferes, and no gradient reaches
-    it. Absolute positions are part of the embeddings. In a deeper network the copy stays in the stream for the queries and keys
-    of every later layer, as it would if Layer 1 had written it: they read what the layers from the second on have written, plus
-    the copied embeddings; values read the same plus the plain ones. Raises ValueError for a network of one layer. Figures 5b, 6.
+    Queries and keys read the token embeddings, with each token except the first and the query replaced by the one before. Values
+    read the plain token embeddings, which form the residual stream: the learnt Layer 1 does not interfere and gets no gradient.
+    Absolute positions are part of the embeddings. In a deeper network the copy stays in the stream for the queries and keys of
+    every later layer, as if Layer 1 had written it: they read what the layers from the second on have written plus the copied
+    embeddings, and values read the same plus the plain ones. Raises ValueError for a network of one layer. Figures 5b, 6.
     """
 
     broadcasts: ClassVar[bool] = True
@@ -159,8 +159,9 @@ class _FromDonor:
 class Graft:
     """Part of the network is a frozen donor's: no gradient reaches the donor's weights. Figure 7.
 
-    `part="below"`: the stream after `after_layer` is the donor's, with its embeddings and its layers up to that one.
-    `part="above"`: everything after `after_layer` is the donor's; gradients flow through it to what is below.
+    `part="below"`: the residual stream after `after_layer` is the donor's, with its embeddings and its layers up to that one.
+    `part="above"`: everything after `after_layer` is the donor's; gradients flow through it to what is below. Raises ValueError
+    where no layer follows `after_layer`, or where the donor is not `Weights`.
     """
 
     donor: Weights
@@ -196,7 +197,7 @@ class Graft:
 
 @dataclass(frozen=True)
 class AblateEmbedding:
-    """Token embeddings are 0."""
+    """Token embeddings, absolute positions included, are 0."""
 
     broadcasts: ClassVar[bool] = True
 
@@ -206,11 +207,11 @@ class AblateEmbedding:
 
 @dataclass(frozen=True)
 class Steer:
-    """`vector` is added to an activation: `d_model` numbers to a stream (`resid_pre`, `attn_out`, …), a number per label to
-    `logits`.
+    """`vector` is added to a stream (`resid_pre`, `attn_out`, …; `d_model` numbers) or to `logits` (one number per label).
 
-    `positions` says at which tokens, counted from zero and, if negative, from the end (-1 is the query); None: at all. It is added
-    last, also to what another clamp has set. Gradients pass unchanged. Not in the paper.
+    `positions` lists the tokens of a stream, counted from zero or, if negative, from the end (-1 is the query); None means all.
+    The vector is added last, also to what another clamp has set. Gradients pass unchanged. Raises ValueError for another kind of
+    activation or a position that is not there. The paper has no such clamp.
     """
 
     name: str

@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ihbook.checks import one_of, whole
 from ihbook.model import KIND, Source
 
 Head = tuple[int, int]
@@ -19,7 +20,7 @@ BLOCKED = -1e9
 
 @dataclass(frozen=True)
 class Shape:
-    """What a clamp must know of the network and the sequence. Positions: exemplars 0, 2, …, labels 1, 3, …, query last."""
+    """The sizes of network and sequence that a clamp needs. Positions: exemplars 0, 2, …, labels 1, 3, …, query last."""
 
     n_layers: int
     n_heads: int
@@ -34,9 +35,10 @@ class Shape:
         return list(range(1, self.n_positions, 2))
 
     def zeros(self, name: str) -> Tensor:
-        """All False, of the entries of activation `name` that a clamp can tell apart: attention `[head, q_pos, k_pos]`,
+        """A mask, all False, of the entries of activation `name` that a clamp can tell apart: attention `[head, q_pos, k_pos]`,
         heads `[head, pos]`, streams `[pos]`, logits `[]`."""
         h, n = self.n_heads, self.n_positions
+        one_of("the activation", name, tuple(KIND))
         size = {"attention": (h, n, n), "head": (h, n), "stream": (n,), "logits": ()}[KIND[name]]
         return torch.zeros(size, dtype=torch.bool)
 
@@ -45,16 +47,16 @@ class Shape:
 class Write:
     """What a clamp does to one activation, at the entries in `where` (see `Shape.zeros`). `how` is one of
 
-    - "set": they become Σ coefficient · source over `terms`. A source is a function of the activations so far that gives an
-      activation in the caller's order of axes, and may read the value that it replaces; None stands for the constant 1;
-    - "add": that sum is added, last of all, also to what another clamp has set there (steering);
-    - "scale": they are multiplied by the coefficient of the one term, before anything is set;
-    - "keep": set, unless another clamp sets the entry, or sets what it is computed from;
-    - "hold": left as computed, also where another clamp would keep them.
+    - "set": the entries become Σ coefficient · source over `terms`. A source maps the activations so far to an activation in the
+      caller's order of axes, and may read the value that it replaces; None stands for the constant 1;
+    - "add": that sum is added last, also to what another clamp has set there (steering);
+    - "scale": the entries are multiplied by the coefficient of the one term, before anything is set;
+    - "keep": as "set", except where another clamp sets the entry, or changes the scores or the `qk_input` that feed it;
+    - "hold": the entries stay as computed, also where another clamp would keep them.
 
-    A coefficient is a number, or a tensor that broadcasts to `where`; with one more axis, its last is the features (`d_model`,
-    `d_head`, labels; attention has none). Sources that are equal are computed once for all the runs of a family. Gradients: an
-    entry that is set passes none to what was computed there; sources and scales pass theirs.
+    A coefficient is a number, or a tensor that broadcasts to `where`; with one more axis, the last is the features (`d_model`,
+    `d_head`, labels; attention has none). Equal sources are computed once for all the runs of a family. Gradients: an entry that
+    is set passes none to what was computed there; sources and scales pass theirs.
     """
 
     name: str
@@ -63,13 +65,20 @@ class Write:
     terms: tuple[tuple[float | Tensor, Source | None], ...] = ()
     how: str = "set"
 
+    def __post_init__(self):
+        for term in self.terms if isinstance(self.terms, (tuple, list)) else [self.terms]:
+            if not (isinstance(term, (tuple, list)) and len(term) == 2 and isinstance(term[0], (int, float, Tensor))
+                    and (term[1] is None or callable(term[1]))):
+                raise ValueError(f"a Write of {self.name} has the term {term!r}; terms are pairs (coefficient, source), such as "
+                                 "((1.0, None),), where None stands for the constant 1")
+
 
 class Clamp(Protocol):
-    """Any frozen dataclass that can say what it writes; it raises ValueError where `shape` can't have it.
+    """Any frozen dataclass with a method `writes`, which raises ValueError where a network of that shape can't have the clamp.
 
-    It may declare what it needs, as class attributes: `extra_pass = True` says that a source reads `acts.unclamped` or
-    `acts.of_donor`, so that runs without the clamp need not pay for that pass; `broadcasts = True` that its sources do as well with
-    a run axis of length 1, so that a network under many clamps is computed once up to where they differ. Both are False if absent.
+    It may declare what it needs, as class attributes that are False if absent. `extra_pass = True` says that a source reads
+    `acts.unclamped` or `acts.of_donor`; runs without the clamp then need not pay for that pass. `broadcasts = True` says that the
+    sources also work with a run axis of length 1; a network under many clamps is then computed once up to where they differ.
     """
 
     def writes(self, shape: Shape) -> list[Write]: ...
@@ -88,7 +97,7 @@ def as_heads(heads) -> tuple[Head, ...]:
 
 
 def _index(number) -> int:
-    """A whole number, also NumPy's or a tensor's; TypeError for what is none."""
+    """A whole number, also NumPy's or a tensor's, as an int. Raises TypeError for anything else."""
     if isinstance(number, bool):
         raise TypeError(f"{number} is not a whole number")
     return operator.index(number)
@@ -96,8 +105,7 @@ def _index(number) -> int:
 
 def on_heads(clamp: Clamp, heads: tuple[Head, ...], shape: Shape, name: str, entries: Tensor | bool, terms, *,
              how: str = "set") -> list[Write]:
-    """One write per layer: the same `entries` of one head's activation, for each of `heads`. Raises ValueError for a head that is
-    not there."""
+    """One write per layer: the same `entries` for each of `heads`. Raises ValueError for a head that is not in `shape`."""
     where = defaultdict(lambda: shape.zeros(name))
     for layer, head in heads:
         if not (0 <= layer < shape.n_layers and 0 <= head < shape.n_heads):
@@ -108,7 +116,7 @@ def on_heads(clamp: Clamp, heads: tuple[Head, ...], shape: Shape, name: str, ent
 
 
 class OnHeads:
-    """The field `heads` of a clamp, one (layer, head) or several, made a tuple of pairs."""
+    """Base of clamps with a field `heads`: one (layer, head) or several, made a tuple of pairs by `as_heads`."""
 
     broadcasts: ClassVar[bool] = True
 
@@ -116,18 +124,13 @@ class OnHeads:
         object.__setattr__(self, "heads", as_heads(self.heads))
 
 
-def fraction(clamp: Clamp, name: str, value: float) -> None:
-    """Raise ValueError unless a clamp's field is a number from 0 to 1."""
-    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{type(clamp).__name__}: {name}={value!r} must be a Python number from 0 to 1")
-
-
 @dataclass(frozen=True)
 class During:
-    """A clamp in a window of training: on from `start` until `until` sequences seen (None: to the end), else off.
+    """A clamp in a window of training: it holds from `start` until `until` sequences seen (None: to the end), and not outside it.
 
-    A step is in the window where the number of sequences seen before it is: `start` is included, `until` is not. Analyses
-    of finished networks (`run_with_clamps`, `metrics.measure`) are after every window that ends.
+    A step is in the window if the number of sequences seen before it is: `start` is included, `until` is not. Analyses of
+    finished networks (`run_with_clamps`, `metrics.measure`) come after every window that ends. Raises ValueError for an empty or
+    nested window.
     """
 
     clamp: Clamp
@@ -135,8 +138,11 @@ class During:
     until: int | None = None
 
     def __post_init__(self):
-        if not self.start >= 0 or (self.until is not None and not self.until > self.start):
-            raise ValueError(f"During: start={self.start}, until={self.until} is no window; it needs 0 ≤ start < until")
+        whole("During: start", self.start, 0)
+        if self.until is not None:
+            whole("During: until", self.until, 0)
+            if self.until <= self.start:
+                raise ValueError(f"During: start={self.start}, until={self.until} is no window; it needs start < until")
         if isinstance(self.clamp, During):
             raise ValueError("During: a window in a window; give the clamp itself, with the window that both share")
 

@@ -1,9 +1,9 @@
-"""The engine: many runs trained as one program, kept, and resumed.
+"""The engine trains many runs as one program, stores their results, and resumes what was stopped.
 
 From a run to its result: `prepared.py` (its data and first weights) → `blocks.py` (which runs train as one program) → `family.py`
-(the loop) around `step.py` (one step, plain; `compiled.py` on a CPU, `captured.py` on a GPU, both by way of `flat.py`) and
-`state.py` (what is saved) → `results.py`, `checkpoints.py`. `train.py` does that here or in processes (`processes.py`,
-`progress.py`), `cluster.py` on Dask workers; `store.py` keeps the results as `folders.py`.
+(the training loop) → `results.py`, `checkpoints.py`. The loop takes the steps of `step.py`, compiled on a CPU (`compiled.py`) or
+captured on a GPU (`captured.py`); both use `flat.py`. `state.py` saves the loop's state. `train.py` trains here or in processes
+(`processes.py`, `progress.py`), `cluster.py` on Dask workers; `store.py` stores the results in folders (`folders.py`).
 """
 
-VERSION = 6  # raise it when a change of code changes a run's numbers or its digest: what other versions stored is not read
+VERSION = 6  # raise it when a code change alters a run's numbers or its digest; results of other versions are not read

@@ -1,4 +1,4 @@
-"""Which runs train as one program, and which core trains them."""
+"""How runs are grouped into blocks, and which core trains each block."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ihbook.engine.compiled import BLOCK, COMPILE_FROM, PLAIN_BLOCK
 from ihbook.engine.prepared import Prepared, family_digest
 from ihbook.files import writing
 
-COMPILING = 40_000  # run-steps that a core trains in the time in which it compiles a program
-SHARE_FROM = 6_000  # run-steps in all: a process takes some seconds to start
+COMPILING = 40_000  # run-steps that a core trains in the time that it takes to compile a program
+SHARE_FROM = 6_000  # total run-steps from which processes pay: each takes some seconds to start
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A family with its places among the runs asked for, and whether and with which other clamps it is compiled."""
+    """A family, its places (indices) among the runs asked for, whether it is compiled, and the clamps that its program serves."""
 
     family: list[Prepared]
     places: list[int]
@@ -36,26 +36,26 @@ class Block:
 
     @property
     def program_key(self) -> tuple | None:
-        """Blocks of one key use one compiled program; None where nothing is compiled."""
+        """Blocks with the same key use one compiled program; None where nothing is compiled."""
         return (self.family[0].family_key, *self.family[0].compile_key) if self.compile else None
 
     def folder(self, directory: Path) -> Path:
         return directory / family_digest(self.family)
 
     def announce(self, directory: Path) -> None:
-        """Write down, before it trains, what the family is, so that a call that goes on goes on with the same one."""
+        """Record the family before it trains, so that a resumed call trains the same one. Raises OSError where it can't."""
         with writing(self.folder(directory) / "family.json") as partial:
             partial.write_text(json.dumps({"runs": [prepared.digest for prepared in self.family], "compile": self.compile}))
 
 
 def plan_blocks(wanted: Sequence[Prepared], directory: Path, device: str | torch.device = "cpu",
                 compile: bool | None = None, asked: Sequence[Prepared] = ()) -> list[Block]:
-    """Which runs train as one program: first the families that a stopped call left in `directory`, as they were; then families of
-    runs that can, of like length, the longest first. They are compiled where it pays, or as `compile` says.
+    """Group runs into blocks: first the families that a stopped call left in `directory`, unchanged, then new ones.
 
-    On a CPU families are small, and no core is left without one. One compiled program serves all the clamps that runs with one
-    `family_key` have among `asked` (default: `wanted`), but for clamps that need an extra pass. Blocks of one compiled program
-    come one after the other.
+    A new family has runs with one `family_key` and similar lengths, the longest first. It is compiled where that pays, or as
+    `compile` says. On a CPU, families are small, and long work is split so that every core gets a block. There, one compiled
+    program serves all clamps that runs with one `family_key` have among `asked` (default: `wanted`); runs that need an extra
+    pass share it only with runs of the same `extra_pass_key`. New blocks with the same `program_key` are neighbours.
     """
     kind = torch.device(device).type
     signatures: dict[tuple, dict[frozenset, tuple]] = defaultdict(dict)
@@ -78,7 +78,7 @@ def plan_blocks(wanted: Sequence[Prepared], directory: Path, device: str | torch
         members.sort(key=lambda i: -wanted[i].run.n_steps)
         n = -(-len(members) // most[key])
         if kind == "cpu" and work[key] >= SHARE_FROM and (n_blocks < n_cores() or not compiled[key]):
-            cores = min(len(members), n_cores())  # an equal share each
+            cores = min(len(members), n_cores())  # every core gets an equal share
             n = -(-n // cores) * cores
         even = -(-len(members) // n)
         planned += [(members[start:start + even], compiled[key]) for start in range(0, len(members), even)]
@@ -90,14 +90,14 @@ def plan_blocks(wanted: Sequence[Prepared], directory: Path, device: str | torch
 
 
 def _stopped(waiting: dict[int, Prepared], directory: Path, compile: bool | None) -> Iterator[tuple[list[int], bool]]:
-    """The places of the families that a stopped call announced in `directory`, and whether they are compiled. Their runs are taken
-    out of `waiting`, where all of them must be."""
+    """Yield the places of each family that a stopped call announced in `directory`, and whether it is compiled. A family counts
+    only if `waiting` holds all of its runs; they are then removed from `waiting`."""
     for path in sorted(directory.glob("*/family.json")):
         try:
             book = json.loads(path.read_text())
             digests, was_compiled = list(book["runs"]), bool(book["compile"])
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged one: its runs are planned, and trained, anew
+            continue  # a damaged file: its runs are planned and trained from the start
         places: list[int] = []
         for digest in digests:
             places += [i for i, prepared in waiting.items() if prepared.digest == digest and i not in places][:1]
@@ -109,19 +109,19 @@ def _stopped(waiting: dict[int, Prepared], directory: Path, compile: bool | None
 
 
 def n_cores() -> int:
-    """The cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def n_processes(blocks: Sequence[Block], device: str | torch.device) -> int:
-    """How many processes should train the blocks; 1 means that this one should."""
+    """The number of processes that should train the blocks; 1 means this process alone."""
     share = torch.device(device).type == "cpu" and sum(block.run_steps for block in blocks) >= SHARE_FROM
     return min(len(blocks), n_cores()) if share else 1
 
 
 def shares(blocks: Sequence[Block], n: int) -> list[list[int]]:
-    """Indices of `blocks` in at most `n` stretches, the longest of them as short as can be. Neighbours may have a compiled program
-    in common, which every stretch compiles once."""
+    """Split the indices of `blocks` into at most `n` shares of neighbours, so that the longest share is as short as possible. A
+    share's length counts the run-steps of its blocks, and `COMPILING` once for each compiled program that it needs."""
 
     def stretches(limit: int) -> list[list[int]]:
         found, work, keys = [[]], 0, set()

@@ -1,4 +1,4 @@
-"""The step captured as a CUDA graph: on a GPU, calling each operation would take longer than computing it."""
+"""The step captured as a CUDA graph: on a GPU, launching each operation takes longer than computing it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ihbook.task import Batch
 
 
 def capturing(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`plain`, a `train_step`, captured at the first call and whenever the family's state or clamps become other tensors. Where
-    that fails: one warning, and `plain` itself."""
+    """`plain` (a `train_step`), captured at the first call and again when its parameters, moments, plan or sizes are replaced. If
+    that fails, warn once and call `plain` from then on."""
     fixed: tuple[Params, Moments, Plan] | None = None
     sizes, replay, failed = None, plain, False
 
@@ -27,7 +27,7 @@ def capturing(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         same = fixed is not None and all(a is b for a, b in zip(fixed, (params, moments, plan), strict=True))
         if not failed and not (same and sizes == (batch.bank.shape, batch.ids.shape)):
             fixed, sizes = (params, moments, plan), (batch.bank.shape, batch.ids.shape)
-            replay = plain  # the graph before, and its memory, goes first
+            replay = plain  # frees the old graph's memory before the new capture
             try:
                 replay = _captured(plain, params, moments, batch, plan, config, scalars)
             except RuntimeError as error:
@@ -40,9 +40,9 @@ def capturing(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _captured(plain: Callable[..., Tensor], params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig,
               scalars: Tensor) -> Callable[..., Tensor]:
-    """A CUDA graph of one step, which reads and writes the state where it lies, and batches and scalars in places of its own."""
+    """Capture one step. The graph updates the state in place; it reads the batch and the scalars from buffers of its own."""
     own = [t.clone() for t in (*tensors_of_batch(batch), scalars)]
-    held: list[Tensor | None] = [None] * len(own)  # what was last copied there: a bank is the same for many steps
+    held: list[Tensor | None] = [None] * len(own)  # the tensor last copied to each buffer: a bank stays the same for many steps
 
     def once() -> Tensor:
         return plain(params, moments, filled(batch, iter(own)), plan, config, own[-1])
@@ -53,7 +53,7 @@ def _captured(plain: Callable[..., Tensor], params: Params, moments: Moments, ba
     aside.wait_stream(usual)
     try:
         with torch.cuda.stream(aside):
-            for _ in range(3):  # what a first call sets up must not be part of the graph
+            for _ in range(3):  # the first calls set things up, which the graph must not contain
                 once()
     finally:
         usual.wait_stream(aside)
@@ -61,10 +61,10 @@ def _captured(plain: Callable[..., Tensor], params: Params, moments: Moments, ba
             tensor.copy_(value)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # what other threads do on the GPU is no error
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
             losses = once()
     finally:
-        torch.cuda.set_stream(usual)  # where a capture fails, PyTorch stays on the stream of its own
+        torch.cuda.set_stream(usual)  # after a failed capture, PyTorch stays on the capture's stream
 
     def replay(params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig, scalars: Tensor) -> Tensor:
         for i, tensor in enumerate((*tensors_of_batch(batch), scalars)):

@@ -16,7 +16,7 @@ from ihbook.model import Weights
 
 
 def save_weights(weights: Weights, path: str | Path) -> None:
-    """Write a safetensors file, whole or not at all; its metadata holds the architecture. Raises OSError where it can't."""
+    """Write a safetensors file, whole or not at all; its metadata holds the architecture. Raises OSError where that fails."""
     with writing(Path(path)) as partial:
         save_file(dict(weights.tensors), partial, metadata={"config": json.dumps(asdict(weights.config))})
 
@@ -24,14 +24,14 @@ def save_weights(weights: Weights, path: str | Path) -> None:
 def load_weights(path: str | Path, config: ModelConfig | None = None) -> Weights:
     """Read a safetensors file. `config` is needed only for files that `save_weights` did not write.
 
-    Raises FileNotFoundError, or ValueError where the file is damaged, says no architecture, or another one.
+    Raises FileNotFoundError, or ValueError for a damaged file, one without an architecture, or one that does not fit `config`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights at {path}; train a run first, or check the path")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # Copies: what is mapped from a file would change, or go, with the file.
+            # Clones: a tensor that is mapped from a file changes with the file.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); delete it and train or copy it again") from error
@@ -44,7 +44,7 @@ def load_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
 
 
 class Checkpoints(Mapping[int, Weights]):
-    """A run's weights by sequences seen, read from a folder when asked for."""
+    """A run's weights by sequences seen, read from a folder on access. Raises KeyError where there is no such checkpoint."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -1,5 +1,4 @@
-"""Runs over the workers of a Dask cluster: each worker is sent families of the size that suits it, and sends its results back
-whole."""
+"""Train runs on the workers of a Dask cluster: each worker gets families of a size that suits it, and returns whole results."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker of a cluster: how many threads it was started with, and whether it has a GPU."""
+    """A worker of a Dask cluster: its address, its number of threads, and whether it has a GPU."""
 
     address: str
     threads: int
@@ -38,19 +37,19 @@ class Worker:
 
     @property
     def jobs(self) -> int:
-        """How many families it trains at a time."""
+        """The number of families that it trains at a time."""
         return 1 if self.gpu else self.threads
 
     @property
     def family_size(self) -> int:
-        """The most runs that are sent to it as one family."""
+        """The largest number of runs that one of its families may have."""
         return BLOCK["cuda"] if self.gpu else PLAIN_BLOCK
 
 
 def connect(address: str, seconds: float = 5.0) -> Client:
-    """A client of the Dask scheduler at `address`, such as "tcp://10.0.0.1:8786".
+    """Connect to the Dask scheduler at `address`, such as "tcp://10.0.0.1:8786", and return a client.
 
-    Raises OSError where none answers within `seconds`, ImportError where Dask is not installed.
+    Raises OSError where no scheduler answers within `seconds`, ImportError where Dask is not installed.
     """
     try:
         from distributed import Client
@@ -66,7 +65,7 @@ def connect(address: str, seconds: float = 5.0) -> Client:
 
 
 def workers(client: Client, known: Sequence[Worker] = ()) -> list[Worker]:
-    """The workers that a client's cluster has now; those `known` are not asked again. Raises OSError where there are none."""
+    """The workers that the client's cluster has now; `known` workers are not queried again. Raises OSError where it has none."""
     threads, old = client.nthreads(), {worker.address: worker for worker in known}
     new = [address for address in threads if address not in old]
     gpus = client.run(torch.cuda.is_available, workers=new) if new else {}
@@ -78,8 +77,8 @@ def workers(client: Client, known: Sequence[Worker] = ()) -> list[Worker]:
     return found
 
 
-def shares(groups: Sequence[Sequence[int]]) -> Callable[[Worker], list[int]]:
-    """A function that says what a worker does next: items of one group, at most `family_size` of them; none when all are given."""
+def share_out(groups: Sequence[Sequence[int]]) -> Callable[[Worker], list[int]]:
+    """A function that takes a worker's next share: at most `family_size` items of one group, or none when all are taken."""
     waiting = deque(deque(group) for group in groups if group)
 
     def take(worker: Worker) -> list[int]:
@@ -96,15 +95,15 @@ def shares(groups: Sequence[Sequence[int]]) -> Callable[[Worker], list[int]]:
 
 def call_on_workers(client: Client, function: Callable[..., Any], groups: Sequence[Sequence[int]],
                     arguments: Callable[[list[int]], tuple]) -> Iterator[tuple[list[int], Any]]:
-    """Call `function(*arguments(share), stop)` on workers for shares of the groups; yields each share and what it returned, as they
-    finish. A worker has as many shares at a time as it can train. What a lost worker had, another does. New workers join in.
+    """Call `function(*arguments(share), stop)` on workers for shares of the groups; yield each share with its result, as they
+    finish. A worker has at most `jobs` shares at a time. If a worker is lost, another takes its shares. New workers join in.
 
-    Raises OSError where the cluster is lost. When the caller stops, what has not begun is cancelled, and what has is told to end
-    by the `distributed.Event` that is named `stop`.
+    Raises OSError where there are no workers or the cluster is lost, and what `function` raises. When the caller stops, shares
+    that have not begun are cancelled, and the `distributed.Event` named `stop` tells the others to end.
     """
     from distributed import Event, as_completed
 
-    take, among, busy = shares(groups), workers(client), Counter()
+    take, among, busy = share_out(groups), workers(client), Counter()
     jobs: dict[Any, tuple[str, list[int]]] = {}
     done, stop = as_completed(), f"ihbook-{uuid.uuid4()}"
 
@@ -122,7 +121,7 @@ def call_on_workers(client: Client, function: Callable[..., Any], groups: Sequen
         for job in done:
             address, share = jobs.pop(job)
             busy[address] -= 1
-            if job.status == "error":  # what the function itself raised
+            if job.status == "error":  # raises what the function raised
                 job.result()
             try:
                 result = job.result()
@@ -134,15 +133,15 @@ def call_on_workers(client: Client, function: Callable[..., Any], groups: Sequen
             yield share, result
     finally:
         if jobs:
-            with suppress(OSError, TimeoutError):  # a cluster that is lost can't be told
+            with suppress(OSError, TimeoutError):  # a lost cluster can't be told
                 Event(stop, client=client).set()
             client.cancel(list(jobs))
 
 
 def train_on_workers(client: Client, wanted: Sequence[Prepared], progress: bool = True) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """Train runs on the workers of a client's cluster; yields the place of each and its files (`folders.unpack`), as they come.
+    """Train runs on the client's workers; yield the index of each in `wanted` and its files (`folders.unpack`), as they finish.
 
-    Raises OSError where there are no workers or the cluster is lost, RuntimeError where a worker draws other characters.
+    Raises OSError where there are no workers or the cluster is lost, RuntimeError where a worker draws another bank.
     """
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, prepared in sorted(enumerate(wanted), key=lambda item: -item[1].run.n_steps):
@@ -163,10 +162,10 @@ def train_on_workers(client: Client, wanted: Sequence[Prepared], progress: bool 
 
 def train_on_this_worker(runs: Sequence[RunConfig], bank: Bank | None, digest: str,
                          stop: str | None = None) -> list[dict[str, bytes]]:
-    """Called on a worker: train runs as one family, on one core or the GPU, and return their files; none where it was stopped.
-    `bank` is given where the worker can't draw it, and must have this `digest`."""
+    """Train runs as one family on this worker, on one core or its GPU; return the files of each, or nothing if stopped. `bank` is
+    given where the worker can't draw it. Raises RuntimeError where the bank's digest is not `digest`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)  # for good, since families that train in other threads of this worker must find it so
+    torch.set_num_threads(1)  # never reset: families in other threads of this worker need it too
     family = prepare(runs, bank, device)
     if family[0].bank.digest != digest:
         raise RuntimeError("this worker draws other characters than the machine that asks; install the same packages on both")
@@ -184,7 +183,7 @@ def train_on_this_worker(runs: Sequence[RunConfig], bank: Bank | None, digest: s
 
 
 def _told(stop: str | None) -> Callable[[], bool]:
-    """Whether the event of that name is set, asked every two seconds; never where there is none."""
+    """A function that asks, at most every two seconds, whether the event named `stop` is set; it says no where there is none."""
     if stop is None:
         return lambda: False
     from distributed import Event

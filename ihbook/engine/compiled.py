@@ -1,4 +1,4 @@
-"""The step and the evaluation, compiled on a CPU or captured on a GPU, and what that costs."""
+"""The program of a family: plain, compiled on a CPU, or with its step captured on a GPU; and where that pays."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ihbook.engine.flat import filled, form_of, names_of, tensors_of
 from ihbook.engine.step import Program, train_step
 from ihbook.task import Batch
 
-BLOCK = {"cpu": 1, "cuda": 512}  # runs in one program: a CPU's caches hold no more than one, and others gain it nothing
-PLAIN_BLOCK = 8  # runs in one on a CPU that is not compiled, where more of them share the cost of calling each operation
-COMPILE_FROM = {"cpu": 31_000, "cuda": 100}  # run-steps: a CPU compiles for half a minute, to save a millisecond at each
+BLOCK = {"cpu": 1, "cuda": 512}  # most runs per family: a CPU's caches hold only one run, and more would gain nothing
+PLAIN_BLOCK = 8  # most runs per family on a CPU without compiling: they share the cost of calling each operation
+COMPILE_FROM = {"cpu": 31_000, "cuda": 100}  # run-steps: a CPU compiles for half a minute, then saves 1 ms per run-step
 
 
 def program_for(compile: bool, device: str | torch.device) -> Program:
-    """The program of a family; plain, with a warning, where it is to be compiled but there is no compiler."""
+    """The program of a family. It is plain without `compile` and, with a warning, on a CPU without a C++ compiler."""
     if not compile:
         return step.PLAIN
     if torch.device(device).type == "cuda":
@@ -39,7 +39,7 @@ def program_for(compile: bool, device: str | torch.device) -> Program:
 
 @cache
 def _compiled_program() -> Program:
-    """One for all families of a process, so that none compiles what another has."""
+    """The program of all compiled families of a process, so that nothing is compiled twice."""
     return Program(compiling(train_step), compiling(metrics.summed))
 
 
@@ -55,14 +55,13 @@ def has_compiler() -> bool:
 
 
 def compiling(plain: Callable) -> Callable:
-    """`plain`, compiled for every new form and size of its arguments at the first call with them. Where that fails: one warning,
-    and `plain` itself.
+    """`plain`, compiled at the first call with each new form and size of its arguments. If that fails, warn, and call `plain`.
 
-    The arguments are traced as a flat list of tensors, and the program is called with such a list: PyTorch's own way of finding the
-    program for nested arguments would take a seventh of a step.
+    The compiled function takes a flat list of tensors: PyTorch's own lookup of a compiled function for nested arguments would
+    take a seventh of a step.
     """
-    programs: dict[tuple, Callable | None] = {}
-    last: tuple = None, None, None  # the plan and sizes of the last call, and its program; threads take all three or none
+    functions: dict[tuple, Callable | None] = {}
+    last: tuple = None, None, None  # the last call's plan, sizes and compiled function, read by threads as one
     lock = threading.Lock()
 
     def call(*arguments) -> dict[str, Tensor] | Tensor:
@@ -71,21 +70,21 @@ def compiling(plain: Callable) -> Callable:
         batch, plan = (next(each for each in arguments if isinstance(each, kind)) for kind in (Batch, Plan))
         others = tuple(each for each in arguments if not isinstance(each, (Batch, Plan, Tensor, dict)))
         sizes = [(t.shape, t.stride()) for t in (batch.bank, batch.ids)], names_of(arguments), others
-        last_plan, last_sizes, program = last
+        last_plan, last_sizes, function = last
         if last_plan is not plan or sizes != last_sizes:
-            compile_key = others, form_of(plan), tuple(sizes[1]), tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+            function_key = others, form_of(plan), tuple(sizes[1]), tuple((t.shape, t.stride(), t.dtype) for t in tensors)
             with lock:
-                if compile_key not in programs:
-                    programs[compile_key] = compiled(plain, arguments, tensors)
-            program = programs[compile_key]
-            last = plan, sizes, program
-        return plain(*arguments) if program is None else program(*tensors)
+                if function_key not in functions:
+                    functions[function_key] = compiled(plain, arguments, tensors)
+            function = functions[function_key]
+            last = plan, sizes, function
+        return plain(*arguments) if function is None else function(*tensors)
 
     return call
 
 
 def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor]) -> Callable | None:
-    """A function of the tensors in `arguments` alone; None, with a warning, where it can't be compiled. Nothing is run."""
+    """Compile `plain` as a function of the tensors in `arguments`, without running it; None, with a warning, where that fails."""
     import torch._inductor
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -96,7 +95,7 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor]) -> Callab
     try:
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
         return torch._inductor.compile(graph, tensors, options={"size_asserts": False, "cpp_wrapper": True})
-    except Exception as error:  # whatever it is, the plain step says it again, or does without
+    except Exception as error:  # of any kind: `plain` then either works or raises it again
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
         return None

@@ -1,4 +1,4 @@
-"""The training loop of a family of runs: batches, clamps, steps, evaluations when they are due; it stops, is saved, and goes on."""
+"""The training loop of a family: batches, clamps, steps, and evaluations when they are due; it can stop, be saved, and resume."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ihbook.engine.step import Program, initial_moments, scalars_of
 from ihbook.model import FEW, Weights, stack
 from ihbook.task import Batch
 
-CHUNK_STEPS = 256  # steps sampled at once; part of what a training stream is, so a change of it changes results
-EVAL_CHUNK = 250  # sequences evaluated at once, of every run
+CHUNK_STEPS = 256  # steps sampled at once; it is part of the training stream, so changing it changes results
+EVAL_CHUNK = 250  # sequences evaluated at once, per run
 SAVE_SECONDS = 45.0
 
 
@@ -42,7 +42,7 @@ def rate(run: RunConfig, sequences: int) -> float:
 
 
 def due(every: int, steps_done: int, batch_size: int) -> bool:
-    """Whether `steps_done` is the first number of steps at or past a multiple of `every` sequences seen."""
+    """Whether `steps_done` is the first number of steps at or past a multiple of `every` sequences seen; 0 means never."""
     seen = steps_done * batch_size
     return bool(every) and (steps_done == 0 or seen // every > (seen - batch_size) // every)
 
@@ -50,11 +50,11 @@ def due(every: int, steps_done: int, batch_size: int) -> bool:
 def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.device = "cpu", compile: bool = False, *,
                  compile_with: Sequence[Sequence[Clamp]] = (), stopped: Callable[[], bool] = lambda: False,
                  report: Callable[[int, Tensor | None], None] = lambda run_steps, losses: None) -> list[Result] | None:
-    """Train runs of one `family_key` as one program. `folder` keeps their state and checkpoints, which the results read.
+    """Train a family (runs with one `family_key`) as one program; return the results, or None if it was stopped.
 
-    The program is made for the clamps in `compile_with` too (`compose.make_plan`). `stopped` is asked between steps; when it says
-    so, the state is saved and None returned. `report` is told the run-steps done since it was last told, and the step's losses,
-    of the runs that are left. Raises OSError where `folder` can't be written.
+    `folder` keeps the state, from which a call resumes, and the checkpoints, which the results read. The program also serves the
+    clamps in `compile_with` (`compose.make_plan`). `stopped` is asked between steps; if true, the state is saved. `report` gets
+    the run-steps since its last call and the losses (nats) of the runs alive. Raises OSError where `folder` can't be written.
     """
     first = family[0].run
     state = load_state(folder, family, device)
@@ -86,7 +86,7 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
 
 
 class Schedule:
-    """What a family's steps read: batches, plans and evaluation sets, made when first needed and kept while they last."""
+    """What a family's steps read: batches, plans and evaluation sets. Each is made when first needed and kept while valid."""
 
     def __init__(self, family: Sequence[Prepared], device: str | torch.device, program: Program,
                  compile_with: Sequence[Sequence[Clamp]] = ()):
@@ -101,7 +101,7 @@ class Schedule:
         self.edges = sorted({edge for run in runs for edge in compose.edges(run.clamps)})
 
     def batch(self, state: FamilyState) -> tuple[Batch, Tensor]:
-        """The step's batches, one per run, and the optimiser's scalars (`step.scalars_of`)."""
+        """The step's batch, with the sequences of every run alive, and the optimiser's scalars (`step.scalars_of`)."""
         run = self.family[0].run
         chunk, within = divmod(state.steps_done, CHUNK_STEPS)
         key = (chunk, *state.alive)
@@ -114,7 +114,7 @@ class Schedule:
         return self._chunk[1][within], self._chunk[2][within]
 
     def plan(self, state: FamilyState, some: list[int] | None = None) -> compose.Plan:
-        """The clamps that hold at this step, of the runs that are alive (or of `some`, uncached)."""
+        """The plan of the clamps that hold at this step, for the runs alive (or for the runs `some`; that is not cached)."""
         first = self.family[0].run
         seen = state.steps_done * first.batch_size
         key = (bisect_right(self.edges, seen), *state.alive)
@@ -127,18 +127,18 @@ class Schedule:
         return plan
 
     def eval_set(self, name: str, some: list[int]) -> Batch:
-        """An evaluation set of each of the runs `some`."""
+        """The evaluation set `name` of each run in `some`, as one batch."""
         if name not in self._eval_sets or self._eval_sets[name][0] != some:
             batch = task.concatenate([self.family[r].eval_sets[name] for r in some])
             n = batch.bank.shape[1]
-            most = max([size for size in self.bank_sizes if n <= size <= FEW], default=n)  # banks of one size are one program
+            most = max([size for size in self.bank_sizes if n <= size <= FEW], default=n)  # banks of one size share a program
             batch = replace(batch, bank=torch.nn.functional.pad(batch.bank, (0, 0, 0, most - n)))
             self._eval_sets[name] = (some, batch.to(self.device))
         return self._eval_sets[name][1]
 
 
 def _record(state: FamilyState, schedule: Schedule, leaving: list[int], folder: Path) -> None:
-    """Evaluate the runs whose time it is, and keep checkpoints. A resumed run has recorded its last step already."""
+    """Evaluate the runs that are due, and save their checkpoints. What a resumed run has recorded is not evaluated again."""
     family, first = schedule.family, schedule.family[0].run
     size, model, names = first.batch_size, first.model, metric_names(first)
     if not leaving and not any(due(every, state.steps_done, size) for every in schedule.rhythms):
@@ -174,8 +174,8 @@ def _record(state: FamilyState, schedule: Schedule, leaving: list[int], folder: 
 
 @contextmanager
 def _alone_on(device: str | torch.device) -> Iterator[None]:
-    """While inside, PyTorch computes on this GPU, or on one core: tensors this small gain nothing from a second, and threads that
-    wait for each other at every operation are ten times slower on a machine that has other work."""
+    """Make PyTorch compute on this GPU, or on one core: tensors this small gain nothing from a second core, and on a busy machine
+    threads that wait for each other at every operation are ten times slower."""
     if torch.device(device).type == "cuda":
         with torch.cuda.device(device):
             yield

@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 
 
 class Damaged(Exception):
-    """A run's folder whose files are not those that were written."""
+    """The error for a run's folder whose files are not as they were written."""
 
 
 def write(folder: Path, prepared: Prepared, result: Result) -> None:
@@ -41,14 +41,14 @@ def write(folder: Path, prepared: Prepared, result: Result) -> None:
 
 
 def read(folder: Path, run: RunConfig) -> Result:
-    """A folder as a result, verified; its checkpoints are read when asked for. Raises Damaged."""
+    """Verify a run's folder, and read it as a result; its checkpoints are read on access. Raises as `verify` does."""
     verify(folder)
     return Result(run, pd.read_parquet(folder / "metrics.parquet"), pd.read_parquet(folder / "heads.parquet"),
                   load_weights(folder / "weights.safetensors"), Checkpoints(folder / "checkpoints"))
 
 
 def verify(folder: Path) -> None:
-    """Raise Damaged unless each file that the manifest names is there as it was written; OSError where one can't be read."""
+    """Raise Damaged unless every file that the manifest names is there as it was written; OSError where one can't be read."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
         for name, digest in files.items():
@@ -59,13 +59,13 @@ def verify(folder: Path) -> None:
 
 
 def pack(folder: Path) -> dict[str, bytes]:
-    """A folder's files by name, to send elsewhere."""
+    """The contents of a folder's files by relative path, to send elsewhere."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def unpack(files: Mapping[str, bytes], folder: Path, prepared: Prepared) -> None:
-    """Write files that were sent, the result of a run, into an empty folder. Raises Damaged, or RuntimeError where they are of
-    another version of ihbook or of another bank."""
+    """Write a finished run's files (from `pack`) into an empty folder, and verify them. Raises Damaged, or RuntimeError where
+    they come from another version of ihbook or from another bank."""
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)

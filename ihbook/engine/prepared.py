@@ -1,4 +1,4 @@
-"""A run with its data and first weights, checked; and what runs must have in common to train together."""
+"""Runs with their data and first weights, checked; and the keys that say which runs can train together."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
+from torch import Tensor
 
 from ihbook import engine, task
 from ihbook.banks import load_bank
-from ihbook.clamps import Clamp, Shape, compose
+from ihbook.clamps import Clamp, Shape, Write, compose
 from ihbook.config import BankConfig, RunConfig
 from ihbook.metrics import METRICS
-from ihbook.model import Weights, initial_weights
+from ihbook.model import Source, Weights, initial_weights
 from ihbook.task import Bank, Batch, Splits
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raise ValueError for a device that is not at hand."""
+    """Raise ValueError for a device that this machine does not have."""
     try:
         asked = torch.device(device)
     except RuntimeError as error:
@@ -31,16 +32,20 @@ def check_device(device: str | torch.device) -> None:
 
 
 def prepare(runs: Sequence[RunConfig], bank: Bank | None = None, device: str | torch.device = "cpu") -> list[Prepared]:
-    """Runs with their data and first weights; `bank` serves all in place of their own. Raises ValueError for one that can't be
-    trained, TypeError for one that has no digest."""
+    """Load the data and the first weights of runs, and check them; `bank` replaces the banks of all. Raises ValueError for a run
+    that can't be trained, TypeError for a run without a digest, and what `load_bank` raises."""
+    if isinstance(runs, RunConfig):
+        raise ValueError("runs is one RunConfig; give a list of them, [run]")
     if not runs:
         raise ValueError("there are no runs to train; give at least one RunConfig")
+    if bank is not None and not isinstance(bank, Bank):
+        raise ValueError(f"bank is a {type(bank).__name__}; ihbook.from_array makes a Bank of an array")
     check_device(device)
     banks: dict[BankConfig, Bank] = {}
     for run in runs:
         if run.bank not in banks:
             banks[run.bank] = bank or load_bank(run.bank)
-    split, evaluation_sets = cache(task.split), cache(task.evaluation_sets)  # what runs share is stored and computed once
+    split, evaluation_sets = cache(task.split), cache(task.evaluation_sets)  # runs share one copy of what they have in common
     return [Prepared.of(run, banks[run.bank], split, evaluation_sets) for run in runs]
 
 
@@ -87,24 +92,24 @@ class Prepared:
 
     @cached_property
     def clamp_signatures(self) -> dict[frozenset, tuple[Clamp, ...]]:
-        """The clamps that hold at one time or another, by what a compiled program is made for (`compose.clamp_signature`)."""
+        """The lists of clamps that hold at some time, keyed by what a program is compiled for (`clamp_signature`)."""
         held = [compose.active(self.run.clamps, at) for at in [0, *compose.edges(self.run.clamps)]]
-        return {compose.clamp_signature(clamps, _shape(self.run)): clamps for clamps in held}
+        return {clamp_signature(clamps, _shape(self.run)): clamps for clamps in held}
 
     @property
     def extra_pass_key(self) -> frozenset:
-        """`clamp_signatures` where clamps need a second forward pass, so that such runs are grouped apart; otherwise empty."""
+        """The keys of `clamp_signatures` if a clamp needs an extra pass, so that such runs are grouped apart; otherwise empty."""
         extra = any(getattr(compose.bare(clamp), "extra_pass", False) for clamp in self.run.clamps)
         return frozenset(self.clamp_signatures) if extra else frozenset()
 
     @property
     def compile_key(self) -> tuple:
-        """What runs of one `family_key` must also have in common to use one compiled program, which is made for fixed sizes."""
+        """What runs with one `family_key` must also have in common to use one compiled program, which is made for fixed sizes."""
         return self.extra_pass_key, self.run.task, self.bank.digest
 
     @property
     def drawn_bank(self) -> bool:
-        """Whether another process would draw the same bank from the run, which a bank of the caller's own may not be."""
+        """Whether another process can draw this bank from the run; it can't draw a bank that the caller gave."""
         return self.run.bank.name in ("glyphs", "gaussian", "onehot") and self.bank is load_bank(self.run.bank)
 
 
@@ -112,6 +117,17 @@ def _shape(run: RunConfig) -> Shape:
     return Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
 
 
+def clamp_signature(clamps: Sequence[Clamp], shape: Shape) -> frozenset:
+    """The part of a run's clamps that a program is made for: sites, manner and sources. Entries and numbers are data."""
+
+    def term_of(write: Write, coefficient: Tensor, source: Source | None) -> tuple:
+        return source, *coefficient.shape[write.where.ndim:]
+
+    return frozenset((w.name, w.layer, w.how, tuple(term_of(w, torch.as_tensor(number), source) for number, source in w.terms
+                                                    if torch.as_tensor(number).any()))
+                     for clamp in clamps for w in clamp.writes(shape))
+
+
 def family_digest(family: Sequence[Prepared]) -> str:
-    """Names a family's folder: the same runs on the same banks, trained by the same version."""
+    """The name of a family's folder: 24 hex digits of its runs, their banks and `engine.VERSION`."""
     return hashlib.sha256(json.dumps([engine.VERSION, [prepared.digest for prepared in family]]).encode()).hexdigest()[:24]

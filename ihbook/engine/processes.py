@@ -1,4 +1,4 @@
-"""Blocks in processes of this machine, one per core, each with its own compiled programs. None outlives this process."""
+"""Train blocks in processes of this machine, one per core. Each process compiles for itself; none outlives this process."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ihbook.engine import family
 from ihbook.engine.blocks import Block, shares
 from ihbook.engine.progress import Report, now_and_then
 
-IDLE_SECONDS = 10.0  # after which a process with nothing to do ends, also where this one was killed
+IDLE_SECONDS = 10.0  # an idle process ends after this time, also if this process was killed
 
 
 def train_in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped: Callable[[], bool],
                        report: Report) -> Iterator[Block]:
-    """Share the blocks among `n` processes; yields each when it is finished, and ends early when `stopped` says so.
+    """Share the blocks among `n` processes; yield each block when it is finished, and end early when `stopped` is true.
 
-    Raises what a process raised, or RuntimeError where one was killed.
+    Raises what a process raised, or RuntimeError where a process was killed.
     """
     context = get_context("loky")
     stop, messages = context.Event(), context.SimpleQueue()
@@ -51,12 +51,12 @@ def train_in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped
         for future in futures:
             _raise_from(future, stopped)
     finally:
-        stop.set()  # a process that is told to stop saves its state, and ends
+        stop.set()  # a process that is told to stop saves its state and ends
         executor.shutdown()
 
 
 def _raise_from(future: Future, stopped: Callable[[], bool]) -> None:
-    """Raise what a share raised. That a process was killed by the signal that stops this call is no failure."""
+    """Raise what a share raised, except where the signal that stops this call also killed the process."""
     try:
         future.result()
     except BrokenProcessPool as error:
@@ -65,11 +65,11 @@ def _raise_from(future: Future, stopped: Callable[[], bool]) -> None:
                                "store.fetch, goes on from what it last saved") from error
 
 
-_here: tuple[Any, Any, int] | None = None  # in a process that trains: the event, the queue, and whose process it is
+_here: tuple[Any, Any, int] | None = None  # in a training process: the stop event, the queue, and the parent's id
 
 
 def _begin(stop: Any, messages: Any, parent: int, save_seconds: float) -> None:
-    """Called once in each process. Ctrl-C in a terminal reaches it too, but it is for the parent to say what stops."""
+    """Set up a training process. It ignores Ctrl-C, which reaches it too, and SIGTERM: the parent decides when it stops."""
     global _here
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -77,8 +77,7 @@ def _begin(stop: Any, messages: Any, parent: int, save_seconds: float) -> None:
 
 
 def _train_share(share: list[tuple[int, Block]], directory: Path) -> None:
-    """Train blocks one after the other, and tell of it; ends early, the state saved, when told to stop or when the parent is
-    gone."""
+    """Train blocks one after another, and report progress; save the state and end early if told to stop or the parent is gone."""
     stop, messages, parent = _here
     waiting, last = 0, time.monotonic()
 
@@ -96,7 +95,7 @@ def _train_share(share: list[tuple[int, Block]], directory: Path) -> None:
         finished = family.train_family(block.family, block.folder(directory), "cpu", block.compile, compile_with=block.compile_with,
                                        stopped=lambda: stop.is_set() or orphaned(), report=now_and_then(report))
         if orphaned():
-            os._exit(1)  # there is nobody to tell
+            os._exit(1)  # no parent reads the queue
         if finished is None:
             return
         messages.put((i, waiting, None))

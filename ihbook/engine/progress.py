@@ -1,4 +1,4 @@
-"""What a reader sees while runs train, and how a call is stopped."""
+"""The progress bar of a training call, and the signals that stop the call."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TextIO
 from torch import Tensor
 from tqdm import tqdm
 
-Report = Callable[[int, tuple[float, float] | None], None]  # run-steps done since the last report, lowest and highest loss
+Report = Callable[[int, tuple[float, float] | None], None]  # run-steps since the last report, lowest and highest loss (nats)
 
 
 @contextmanager
 def progress_bar(n_runs: int, run_steps: int, progress: bool) -> Iterator[Report]:
-    """A bar that shows how training gets on, and is gone afterwards."""
+    """Show a progress bar, and yield its `Report`; the bar disappears at the end."""
     with ExitStack() as stack:
         screen = stack.enter_context(_screen())
         bar = stack.enter_context(tqdm(total=run_steps, desc=f"{n_runs} runs", disable=not progress, leave=False, unit="run-step",
@@ -36,7 +36,7 @@ def progress_bar(n_runs: int, run_steps: int, progress: bool) -> Iterator[Report
 
 @contextmanager
 def _screen() -> Iterator[TextIO]:
-    """Where progress is shown: standard error, or what a build of the book names, whose notebooks' own goes unseen."""
+    """Where progress is shown: standard error, or the file IHBOOK_PROGRESS, since a build hides its notebooks' standard error."""
     path = os.environ.get("IHBOOK_PROGRESS")
     if not path:
         yield sys.stderr
@@ -46,7 +46,7 @@ def _screen() -> Iterator[TextIO]:
 
 
 def now_and_then(report: Report) -> Callable[[int, Tensor | None], None]:
-    """`report` for `train_family`: with the lowest and highest loss at every 200th step, since to ask a GPU for them takes time."""
+    """`report` as `train_family` calls it. It gets losses only at every 200th step, since reading them from a GPU is slow."""
     calls = itertools.count()
 
     def told(run_steps: int, losses: Tensor | None) -> None:
@@ -58,7 +58,7 @@ def now_and_then(report: Report) -> Callable[[int, Tensor | None], None]:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While inside, Ctrl-C and SIGTERM only ask to stop, so that no step is left half done."""
+    """Make Ctrl-C and SIGTERM only set a flag, so that every step is completed; yield the function that reads the flag."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set

@@ -1,4 +1,4 @@
-"""Where a family stands: its state, how it is saved, and how it is read again."""
+"""The state of a family: what it holds, how it is saved, and how it is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ihbook.model import Params
 
 @dataclass
 class FamilyState:
-    """Where a family stands: everything that a resumed run needs. Run axes are over `alive`, indices into the family."""
+    """Everything that a resumed family needs. Run axes follow `alive`, the indices in the family of the runs that still train."""
 
     steps_done: int
     alive: list[int]
@@ -33,7 +33,7 @@ class FamilyState:
 
 
 def save_state(folder: Path, state: FamilyState) -> None:
-    """Write the state, whole or not at all."""
+    """Write the state, whole or not at all. Raises OSError where that fails."""
     tensors = {f"params/{name}": p for name, p in state.params.items() if state.alive}
     for kind, moments in state.moments.items():
         tensors |= {f"{kind}/{name}": m for name, m in moments.items() if state.alive}
@@ -46,7 +46,7 @@ def save_state(folder: Path, state: FamilyState) -> None:
 
 
 def load_state(folder: Path, family: Sequence[Prepared], device: str | torch.device) -> FamilyState | None:
-    """The saved state, or None where there is none. A damaged one is reported, and training starts anew."""
+    """The saved state, or None where there is none. Warn of a damaged one and return None, so that training starts again."""
     path = folder / "state.safetensors"
     if not path.exists():
         return None
@@ -56,10 +56,10 @@ def load_state(folder: Path, family: Sequence[Prepared], device: str | torch.dev
             parts: dict[str, Params] = defaultdict(dict)
             for key in sorted(set(file.keys()) - {"none"}):
                 part, name = key.split("/", 1)
-                # A copy lies where tensors lie: kernels may round otherwise at another alignment.
+                # A clone has PyTorch's usual alignment: with another one, kernels may round differently.
                 parts[part][name] = file.get_tensor(key).clone().to("cpu" if part == "tables" else device)
         tables = {name: list(rows.split(_lengths_of_equal(rows[:, 1]))) for name, rows in parts.pop("tables", {}).items()}
-        names = family[0].weights.tensors if alive else ()  # in the order of the architecture, which files do not keep
+        names = family[0].weights.tensors if alive else ()  # in the architecture's order, which files do not keep
         parts = {part: {name: tensors[name] for name in names} for part, tensors in parts.items()}
         return FamilyState(steps_done, alive, parts.pop("params", {}), parts, **tables)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
@@ -68,12 +68,12 @@ def load_state(folder: Path, family: Sequence[Prepared], device: str | torch.dev
 
 
 def _lengths_of_equal(x: Tensor) -> list[int]:
-    """The lengths of the stretches of equal numbers in `x`."""
+    """The length of each stretch of equal numbers in `x`."""
     return torch.unique_consecutive(x, return_counts=True)[1].tolist()
 
 
 def leave(state: FamilyState, leaving: list[int]) -> None:
-    """Take runs out of the family's tensors."""
+    """Remove the runs `leaving` (indices in the family) from the state's tensors and from `alive`."""
     keep = [i for i, r in enumerate(state.alive) if r not in leaving]
     state.moments = {kind: {name: m[keep] for name, m in moments.items()} for kind, moments in state.moments.items()}
     state.params = {name: p[keep] for name, p in state.params.items()}

@@ -1,4 +1,4 @@
-"""One optimiser step of a family of runs, as a pure function: the training loop in thirty lines."""
+"""One optimiser step of a family, in thirty lines. It reads only its arguments, and updates the weights and moments in place."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def initial_moments(params: Params, run: RunConfig) -> Moments:
 
 
 def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig, scalars: Tensor) -> Tensor:
-    """Adam (or SGD, where there are no moments) on every run's own batch, in place. Returns the losses before it, `[run]`, nats.
+    """Take a step of Adam (SGD without moments) in place, each run on its own batch; return the losses before it, `[run]`, nats.
 
-    `scalars` are the learning rate and Adam's two bias corrections, 1 − β^step, as a tensor, so that a compiled program takes any.
+    `scalars` `[3]` holds the learning rate and Adam's two bias corrections, 1 − β^step; one compiled program serves all values.
     """
     with torch.enable_grad():
         values = {name: p.detach().requires_grad_() for name, p in params.items()}
@@ -47,14 +47,14 @@ def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, confi
 
 
 def scalars_of(rates: Sequence[float], steps: Sequence[int], device: str | torch.device) -> Tensor:
-    """The scalars of optimiser steps, counted from 0, and their learning rates: `[step, 3]`."""
+    """The `scalars` of `train_step`, `[step, 3]`, for `steps` counted from 0 and their learning rates."""
     rows = [[lr, *(1 - beta ** (i + 1) for beta in BETAS)] for lr, i in zip(rates, steps, strict=True)]
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)
 class Program:
-    """What a family runs: `step` is `train_step`, whose losses hold until it is called again; `evaluate` is `metrics.summed`."""
+    """What a family runs: `step`, as `train_step` (the next call may overwrite its losses); `evaluate`, as `metrics.summed`."""
 
     step: Callable[..., Tensor]
     evaluate: Callable[..., dict[str, Tensor]]

@@ -1,4 +1,4 @@
-"""The store of finished runs: a run's value names its folder; what is stored, whole and verified, is not trained again."""
+"""The store of finished runs. A run's value names its folder; a stored run that is whole and verified is not trained again."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 
 def default_root() -> Path:
-    """Where the book keeps its runs: the folder that IHBOOK_STORE names, or the platform's place for user data."""
+    """The folder where the book stores its runs: the one that IHBOOK_STORE names, or the platform's folder for user data."""
     return Path(os.environ.get("IHBOOK_STORE") or platformdirs.user_data_dir("ihbook")).expanduser()
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored run: its folder, what its config says, its size in bytes, when it was written."""
+    """A stored run: its folder, its config.json, its size in bytes, and when it was written (seconds since 1970)."""
 
     folder: Path
     config: dict
@@ -52,30 +52,30 @@ class Entry:
 
 
 def store_key(prepared: Prepared) -> tuple[str, int]:
-    """A run's name in the store: all that decides it but its length, and its length in sequences.
+    """A run's key in the store: a digest of everything that decides it except its length, and its length in sequences.
 
-    Where the learning rate follows the length, that is part of the name too.
+    The digest includes the length where the learning rate depends on it (the cosine schedule).
     """
-    run = replace(prepared.run, bank=replace(prepared.run.bank, path=None))  # wherever it lies: its digest is what counts
+    run = replace(prepared.run, bank=replace(prepared.run.bank, path=None))  # the bank's digest counts, not its path
     any_length = run if run.schedule == "cosine" else replace(run, n_sequences=run.batch_size)
     return digest([engine.VERSION, any_length, prepared.bank.digest])[:24], run.n_steps * run.batch_size
 
 
 class Store:
-    """A folder of finished runs (`runs`), of families that are training or were stopped (`training`), and of locks."""
+    """A folder of finished runs (`runs`), of families that are training or were stopped (`training`), and of `locks`."""
 
     def __init__(self, root: str | Path | None = None):
         self.root = Path(root) if root else default_root()
 
     def fetch(self, runs: Sequence[RunConfig], *, bank: Bank | None = None, device: str | torch.device = "cpu",
               compile: bool | None = None, progress: bool = True, client: Client | None = None) -> list[Result]:
-        """The results of `runs`, in their order: read where they are stored, trained and stored where not.
+        """Return the results of `runs`, in their order: read the runs that are stored; train and store the others.
 
-        A run that another process is training is waited for. Options as in `train.train`. With a Dask `client`
-        (`cluster.connect`), what is missing is trained by its workers, on the devices that they have, and stored here.
+        If another process is training a run, wait for it. Options are as in `train.train`. With a Dask `client`
+        (`cluster.connect`), its workers train the missing runs, on the devices that they have, and the results are stored here.
 
-        Raises ValueError for a run that can't be trained, OSError where the store can't be written, KeyboardInterrupt when
-        stopped: what was done is kept, and the same call goes on.
+        Raises as `train.train` does, and OSError where the store can't be read or written. On KeyboardInterrupt, finished work is
+        kept, and the same call resumes.
         """
         asked = prepare(runs, bank, device)
         names = ["{}-{}".format(*store_key(prepared)) for prepared in asked]
@@ -83,7 +83,7 @@ class Store:
         missing = {name: prepared for name, prepared in zip(names, asked, strict=True) if found[name] is None}
         if missing:
             with ExitStack() as locks:
-                for name in sorted(missing):  # in one order, so that two processes never wait for each other
+                for name in sorted(missing):  # in a fixed order, so that two processes never wait for each other
                     locks.enter_context(self._lock(name, progress))
                 for name, prepared in missing.items():
                     found[name] = self.get(prepared)  # another process may have trained it while this one waited
@@ -110,7 +110,7 @@ class Store:
         return done
 
     def _receive(self, prepared: Prepared, files: dict[str, bytes]) -> Result:
-        """Store a run's folder as it was sent from elsewhere, once it is verified."""
+        """Verify the files of a run that a worker sent, store them, and return the result."""
         with self._placing(prepared) as partial:
             folders.unpack(files, partial, prepared)
         return folders.read(self._folder(prepared), prepared.run)
@@ -120,13 +120,13 @@ class Store:
 
     @contextmanager
     def _placing(self, prepared: Prepared) -> Iterator[Path]:
-        """A new folder, which becomes that of the run when it is complete."""
+        """Yield a new folder, which becomes the run's folder when it is complete. Raises OSError with a remedy."""
         folder = self._folder(prepared)
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
             partial.mkdir(parents=True)
             yield partial
-            if folder.exists():  # a damaged one, since a whole one would have been read
+            if folder.exists():  # it is damaged: a whole one would have been read
                 shutil.rmtree(folder)
             os.replace(partial, folder)
         except BaseException as error:
@@ -137,7 +137,7 @@ class Store:
                           "to another folder") from error
 
     def _lock(self, name: str, progress: bool) -> AcquireReturnProxy:
-        """The lock of a run, held until the context that it is ends, or its process, however that does."""
+        """Acquire a run's lock. It is held until its context ends or its process does, even if that is killed."""
         path = self.root / "locks" / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,9 +154,10 @@ class Store:
             raise OSError(f"can't write to the store {self.root} ({error}); {remedy}") from error
 
     def get(self, prepared: Prepared, *, mend: bool = True) -> Result | None:
-        """The stored run, or the beginning of a longer one that was evaluated and has a checkpoint there; None where there is none.
+        """The stored run, or the beginning of a longer one that was evaluated and has a checkpoint there; None without either.
 
-        A damaged folder: with `mend` (only while holding the run's lock) warn and delete it; otherwise skip it.
+        A damaged folder: with `mend` (only while holding the run's lock) warn and delete it; otherwise skip it. Raises OSError
+        where a file can't be read at this moment.
         """
         name, length = store_key(prepared)
         for stored in sorted(int(path.name.rsplit("-", 1)[1]) for path in self._folders(f"runs/{name}-*")):
@@ -179,17 +180,17 @@ class Store:
         return None
 
     def put(self, prepared: Prepared, result: Result) -> Result:
-        """Store a result, whole or not at all. Returns it as read from there."""
+        """Store a result, whole or not at all, and return it as read from the store. Raises OSError where that fails."""
         with self._placing(prepared) as partial:
             folders.write(partial, prepared, result)
         return folders.read(self._folder(prepared), prepared.run)
 
     def _folders(self, where: str = "runs/*", name: str = r"[0-9a-f]{24}-\d+") -> list[Path]:
-        """The folders there (a glob) of such names (a pattern): what else lies there is not the store's."""
+        """The folders that match the glob `where` and the pattern `name`; other files there do not belong to the store."""
         return [path for path in self.root.glob(where) if re.fullmatch(name, path.name) and path.is_dir()]
 
     def entries(self) -> Iterator[Entry]:
-        """Every stored run, the latest first; damaged ones with an empty config."""
+        """Yield every stored run, the latest first; the config is empty where it can't be read."""
         for folder in sorted(self._folders(), key=lambda path: -path.stat().st_mtime):
             try:
                 config = json.loads((folder / "config.json").read_text())
@@ -199,7 +200,7 @@ class Store:
             yield Entry(folder, config, size, folder.stat().st_mtime)
 
     def verify(self) -> dict[Path, str]:
-        """What is wrong with each damaged run, by its folder."""
+        """What is wrong with each damaged run, by its folder. Raises OSError where a file can't be read at this moment."""
         wrong = {}
         for entry in self.entries():
             try:
@@ -209,8 +210,8 @@ class Store:
         return wrong
 
     def prune(self, *, days: float | None = None, everything: bool = False) -> list[Path]:
-        """Remove damaged runs, those of other versions, what was left half-written, and stopped families; with `days`, also
-        runs not written since; with `everything`, all. Returns what was removed. Nothing else may use the store meanwhile."""
+        """Remove (and return) damaged runs, runs of other versions, half-written folders and stopped families; with `days`, also
+        older runs; with `everything`, all. Nothing else may use the store meanwhile. Raises ValueError for negative `days`."""
         if days is not None:
             at_least("days", days, 0)
         wrong = self.verify()
@@ -226,12 +227,12 @@ class Store:
 
 def fetch(runs: Sequence[RunConfig], *, bank: Bank | None = None, device: str | torch.device = "cpu", progress: bool = True,
           client: Client | None = None) -> list[Result]:
-    """`Store.fetch` on the default store: how the book's chapters get their runs."""
+    """`Store.fetch` on the default store (`default_root`): the book's chapters get their runs this way."""
     return Store().fetch(runs, bank=bank, device=device, progress=progress, client=client)
 
 
 def _cut(result: Result, length: int) -> Result | None:
-    """The first `length` sequences of a longer result, or None where it has no weights or no evaluation there."""
+    """The first `length` sequences of a longer result, or None where it has no checkpoint or no evaluation there."""
     evaluated = set(result.metrics[result.metrics["sequences"] == length]["eval_set"])
     if length not in result.checkpoints or evaluated != set(result.metrics["eval_set"]):
         return None

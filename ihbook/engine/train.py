@@ -1,4 +1,4 @@
-"""Training many runs: on this machine, one process per core, or by the workers of a Dask cluster; under one progress bar."""
+"""Train many runs, on this machine with one process per core or on the workers of a Dask cluster, under one progress bar."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ if TYPE_CHECKING:
 def train(runs: Sequence[RunConfig], *, bank: Bank | None = None, directory: str | Path | None = None,
           device: str | torch.device = "cpu", compile: bool | None = None, progress: bool = True,
           client: Client | None = None) -> list[Result]:
-    """Train every run from scratch, or from where `directory` says that it stopped; results in the order of `runs`.
+    """Train every run, from scratch or from the state saved in `directory`; return the results in the order of `runs`.
 
-    Runs that can share a program train together, with a leading run axis; a run's result does not depend on which others are in
-    the call, but for rounding. `bank` serves all runs in place of their own. `compile` (default: where it pays) compiles the
-    program, or on a GPU captures its steps. With a `directory`, state is saved there every 45 seconds, and on Ctrl-C or SIGTERM
-    before KeyboardInterrupt is raised; the same call then goes on, bit for bit as if it had not stopped. With a Dask `client`
-    (`cluster.connect`), its workers train the runs instead, on the devices that they have, and what they send back is verified;
-    `store.fetch` keeps such runs as they come.
+    Runs that can share a program train as one family, with a leading run axis; except for rounding, a result does not depend on
+    the other runs in the call. `bank` replaces the banks of all runs. `compile` (default: where it pays) compiles the program, or
+    on a GPU captures its step. With a `directory`, the state is saved there every 45 seconds, and on Ctrl-C or SIGTERM before
+    KeyboardInterrupt is raised; the same call then resumes, bit for bit as if it had not stopped. With a Dask `client`
+    (`cluster.connect`), its workers train the runs instead, on the devices that they have, and their results are verified;
+    `store.fetch` also stores each of these results as it arrives.
 
-    Raises ValueError for a run that can't be trained, before any is; OSError where a folder can't be written or a cluster is lost.
+    Raises ValueError for a run that can't be trained, before any trains, or a `directory` with a `client`; OSError where a folder
+    can't be written or the cluster is lost; RuntimeError where a process was killed or a worker has another version or bank.
     """
     if client is not None and directory is not None:
         raise ValueError(f"directory={str(directory)!r} with a client: workers save no state there; leave one out, or use "
                          "store.fetch, which keeps what workers have finished")
-    results: list[Result | None] = [None] * len(runs)
     prepared = prepare(runs, bank, device)
+    results: list[Result | None] = [None] * len(runs)
     with tempfile.TemporaryDirectory() as temporary:
         if client is not None:
             for i, files in cluster.train_on_workers(client, prepared, progress):
@@ -61,19 +62,19 @@ def train(runs: Sequence[RunConfig], *, bank: Bank | None = None, directory: str
             if directory is None:
                 raise KeyboardInterrupt("stopped, and nothing is kept; a call with a directory, or store.fetch, goes on") from None
             raise
-        for block in blocks:  # only now: a call that is stopped must not lose the blocks that it had finished
+        for block in blocks:  # only now, so that a stopped call keeps the blocks that it has finished
             shutil.rmtree(block.folder(folder))
     return results
 
 
 def _in_memory(result: Result) -> Result:
-    """A result whose checkpoints do not need its folder."""
+    """A result whose checkpoints are in memory, so that it does not need its folder."""
     return replace(result, checkpoints=dict(result.checkpoints))
 
 
 def train_blocks(blocks: Sequence[Block], directory: Path, device: str | torch.device,
                  progress: bool) -> Iterator[tuple[Block, list[Result]]]:
-    """Train every block, and yield each with its results as it is finished; its folder in `directory` is the caller's then.
+    """Train every block; yield each with its results when it is finished. The caller then removes its folder in `directory`.
 
     Raises KeyboardInterrupt on Ctrl-C or SIGTERM, after the states are saved; RuntimeError where a process was killed.
     """
@@ -83,7 +84,7 @@ def train_blocks(blocks: Sequence[Block], directory: Path, device: str | torch.d
     with (progress_bar(sum(len(block.family) for block in blocks), sum(block.run_steps for block in blocks), progress) as report,
           stop_signals() as stopped):
         for block in _in_turn(blocks, directory, device, stopped, report):
-            yield block, train_family(block.family, block.folder(directory), device)  # reads what is finished
+            yield block, train_family(block.family, block.folder(directory), device)  # only loads the results
             n_finished += 1
     if n_finished < len(blocks):
         raise KeyboardInterrupt(f"stopped; the state is saved in {directory}, and the same call goes on from there")
@@ -91,7 +92,7 @@ def train_blocks(blocks: Sequence[Block], directory: Path, device: str | torch.d
 
 def _in_turn(blocks: Sequence[Block], directory: Path, device: str | torch.device, stopped: Callable[[], bool],
              report: Report) -> Iterator[Block]:
-    """Train the blocks, in processes where that pays; yields each that is finished, and ends early when `stopped` says so."""
+    """Train the blocks, in processes where that pays; yield each when it is finished, and end early when `stopped` is true."""
     if (n := n_processes(blocks, device)) > 1:
         yield from train_in_processes(blocks, directory, n, stopped, report)
         return
@@ -102,5 +103,5 @@ def _in_turn(blocks: Sequence[Block], directory: Path, device: str | torch.devic
 
 
 def seeds(run: RunConfig, n: int) -> list[RunConfig]:
-    """The run with `n` consecutive init seeds from its own, each with a data stream of its own."""
+    """`n` copies of the run; copy `i`, counted from 0, adds `i` to the run's init seed and to its data seed."""
     return [replace(run, init_seed=run.init_seed + i, data_seed=run.data_seed + i) for i in range(n)]

@@ -181,22 +181,19 @@ class RunConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a {kind.__name__}, such as {kind.__name__}()")
         if self.initial is not None and not hasattr(self.initial, "content_digest"):
             raise ValueError(f"initial={self.initial!r} must be Weights (ihbook.model.load_weights reads them), or None")
-        for name in ("clamps", "metrics", "eval_sets"):
+        for name, method in (("clamps", None), ("metrics", "__call__"), ("eval_sets", "draw")):
             try:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
             except TypeError as error:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a list; give a list, {name}=[...]") from error
-            if classes := [each for each in getattr(self, name) if isinstance(each, type)]:
-                raise ValueError(f"{name} has the class {classes[0].__name__}; give one made of it, {classes[0].__name__}(...)")
             for each in getattr(self, name):
+                if isinstance(each, type):
+                    raise ValueError(f"{name} has the class {each.__name__}; give one made of it, {each.__name__}(...)")
                 if type(each).__hash__ is None:
                     raise ValueError(f"{name} has {each!r}, which can change; make {type(each).__name__} a frozen dataclass")
-        for name, method in (("metrics", "__call__"), ("eval_sets", "draw")):
-            for each in getattr(self, name):
-                if not isinstance(getattr(each, "name", None), str) or not hasattr(each, method):
+                if method and not (isinstance(getattr(each, "name", None), str) and hasattr(each, method)):
                     raise ValueError(f"{name} has {each!r}; each needs a `name`, a string, and a method {method}")
-        for name in ("init_seed", "data_seed", "eval_seed", "warmup", "eval_every", "heads_every",
-                     "checkpoint_every"):
+        for name in ("init_seed", "data_seed", "eval_seed", "warmup", "eval_every", "heads_every", "checkpoint_every"):
             whole(name, getattr(self, name), 0)
         for name in ("n_sequences", "batch_size", "eval_size"):
             whole(name, getattr(self, name), 1)

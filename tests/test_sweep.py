@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -85,14 +86,17 @@ def wait_for(address, n):
     raise AssertionError("the cluster did not start")
 
 
-def training():
-    """The number of threads that train; called on a worker."""
-    n = 0
-    for frame in sys._current_frames().values():
-        while frame is not None:
-            n += frame.f_code.co_name == "train_family"
-            frame = frame.f_back
-    return n
+def threads_that_train(client):
+    """How many threads of each worker train, by its address."""
+    def count():  # not of this module, which workers do not have
+        n = 0
+        for frame in sys._current_frames().values():
+            while frame is not None:
+                n += frame.f_code.co_name == "train_family"
+                frame = frame.f_back
+        return n
+
+    return client.run(count)
 
 
 GRID = {"x": [1, 4], "seed": [0, 1]}
@@ -255,10 +259,10 @@ def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
     runs = [replace(RUN, n_sequences=10**9, lr=1e-3), RUN]  # two families, one per worker
     with spread.connect(cluster[0]) as client:
         asked = spread.train_on_workers(client, prepare(runs), progress=False)
-        assert next(asked)[0] == 1 and sum(client.run(training).values()) == 1
+        assert next(asked)[0] == 1 and sum(threads_that_train(client).values()) == 1
         asked.close()
         started = time.monotonic()
-        while any(client.run(training).values()):
+        while any(threads_that_train(client).values()):
             assert time.monotonic() - started < 30
             time.sleep(0.5)
 
@@ -281,15 +285,16 @@ def test_a_worker_killed_while_it_trains(tmp_path, cluster):
     runs = seeds(replace(RUN, n_sequences=200_000), 6)
     with spread.connect(address) as client, ThreadPoolExecutor(1) as thread:
         job = thread.submit(Store(tmp_path).fetch, runs, client=client, progress=False)
-        deadline = time.monotonic() + 60
-        while len([n for n in client.run(training).values() if n]) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)  # until both train
-        assert not job.done()
-        workers[1].send_signal(signal.SIGKILL)
+        while not (busy := [where for where, n in threads_that_train(client).items() if n]):
+            assert not job.done()
+            time.sleep(0.1)
+        pid = client.run(os.getpid, workers=busy)[busy[0]]
+        killed = [worker.pid for worker in workers].index(pid)
+        workers[killed].send_signal(signal.SIGKILL)
         results = job.result(timeout=240)
     assert [r.run for r in results] == runs and not Store(tmp_path).verify()
-    workers[1].wait()
-    workers[1] = start()
+    workers[killed].wait()
+    workers[killed] = start()
     wait_for(address, 2)
 
 

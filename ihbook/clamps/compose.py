@@ -110,9 +110,9 @@ def _check_write(clamp: Clamp, write: Write, shape: Shape, network: Weights | No
         raise ValueError(f"{name}: a network without an MLP (mlp_ratio=0) has no {write.name}")
     expected = shape.zeros(write.name).shape
     if not isinstance(write.where, Tensor) or write.where.dtype != torch.bool or write.where.shape != expected:
-        where = f"{write.where.dtype} {list(write.where.shape)}" if hasattr(write.where, "shape") else repr(write.where)
-        raise ValueError(f"{clamp}: a Write of {write.name} has where of {where}; it must be "
-                         f"bool {list(expected)}, a tensor as shape.zeros({write.name!r}) makes it")
+        found = f"{write.where.dtype} {list(write.where.shape)}" if hasattr(write.where, "shape") else write.where
+        raise ValueError(f"{clamp}: a Write of {write.name} has where of {found}; it must be bool {list(expected)}, a tensor as "
+                         f"shape.zeros({write.name!r}) makes it")
     if write.how == "scale" and (len(write.terms) != 1 or write.terms[0][1] is not None):
         raise ValueError(f"{clamp}: a Write of {write.name} that scales has the terms {write.terms}; it must have one, "
                          "((number, None),)")

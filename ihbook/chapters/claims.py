@@ -11,10 +11,13 @@ from importlib.resources import files
 from statistics import median
 
 import pandas as pd
+from IPython.display import display
 
 from ihbook.chapters.experiments import Settings
 from ihbook.engine.store import default_root
 from ihbook.files import writing
+
+NUMBERS = "application/vnd.ihbook.numbers+json"  # the type of the output that holds a notebook's numbers
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,13 @@ def record(verdicts: Sequence[Verdict], settings: Settings) -> pd.DataFrame:
         with writing(_folder(settings) / f"{verdict.key}.json") as partial:
             partial.write_text(json.dumps({"claim": asdict(verdict.claim), "values": verdict.values}))
     return table(verdicts)
+
+
+def hand_over(verdicts: Sequence[Verdict]) -> None:
+    """Hand a chapter's numbers to the sweep that runs it, which adds a last cell with this call to the chapter."""
+    rows = [{"claim": verdict.key, "nth": i, "value": value if math.isfinite(value) else str(value), "verdict": verdict.word}
+            for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]  # JSON has no NaN
+    display({NUMBERS: rows}, raw=True)
 
 
 def gathered(settings: Settings) -> list[Verdict]:

@@ -7,7 +7,6 @@ import hashlib
 import html
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -22,17 +21,15 @@ from typing import Any
 import nbformat
 import pandas as pd
 import papermill
-from IPython.display import display
 from tqdm import tqdm
 
 from ihbook import engine
 from ihbook.chapters import plots
-from ihbook.chapters.claims import CLAIMS, Verdict
+from ihbook.chapters.claims import CLAIMS, NUMBERS
 from ihbook.engine import cluster
 from ihbook.files import writing
 
-NUMBERS = "application/vnd.ihbook.numbers+json"  # the type of the output that holds a notebook's numbers
-LAST_CELL = "from ihbook.chapters import sweep\n\nsweep.hand_over(verdicts)"
+LAST_CELL = "from ihbook.chapters import claims\n\nclaims.hand_over(verdicts)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +58,6 @@ class Sweep:
     table: pd.DataFrame
     failed: dict[Point, str]
     page: Path
-
-
-def hand_over(verdicts: Sequence[Verdict]) -> None:
-    """Hand a chapter's numbers to the sweep that runs it, which adds a last cell with this call to the chapter."""
-    rows = [{"claim": verdict.key, "nth": i, "value": value if math.isfinite(value) else str(value), "verdict": verdict.word}
-            for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]  # JSON has no NaN
-    display({NUMBERS: rows}, raw=True)
 
 
 def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) -> list[Point]:

@@ -15,7 +15,6 @@ from conftest import BUILD, ROOT, TOOLS, copy_of_the_book, shared
 from ihbook.chapters.claims import CLAIMS
 
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
-pytestmark = pytest.mark.xdist_group("book")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +83,7 @@ def test_01_with_other_parameters(tmp_path):
 VERDICTS = "{v.key: [v.word, *v.values] for v in verdicts}"
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_02_finds_the_phase_change_of_each_seed(tmp_path, store):
     wanted = "[int(last), [r.run.init_seed for r in results], changes['phase change'].tolist(), strengths]"
@@ -96,6 +96,7 @@ def test_02_finds_the_phase_change_of_each_seed(tmp_path, store):
     assert len(list(store.glob("runs/*/manifest.json"))) == trained  # read back
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_02_of_another_task_and_network(tmp_path, store):
     parameters = {"n_labels": 10, "n_sequences": 9_600, "n_layers": 3, "mlp_ratio": 1.0, "n_heads": 4, "positions": "learned",
@@ -106,6 +107,7 @@ def test_02_of_another_task_and_network(tmp_path, store):
     assert {word for word, *_ in verdicts.values()} == {"not tested"}  # no phase change yet
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_05_gradients_stop_where_something_is_clamped(tmp_path, store):
     norms, times = execute("05_clamping", tmp_path, {"seed": 6}, "[norms.to_dict('index'), {n: metrics.phase_change("
@@ -119,6 +121,7 @@ def test_05_gradients_stop_where_something_is_clamped(tmp_path, store):
     assert times["always"] < times["never"]
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_06_with_other_parameters(tmp_path, store):
     parameters = {"n_seeds": 3, "n_dims": 10, "seed": 11}
@@ -128,6 +131,7 @@ def test_06_with_other_parameters(tmp_path, store):
     assert all(not row["nothing clamped"] <= row["c clamped"] for row in rows)  # later, or never
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_07_orders_the_clamped_runs_as_the_paper_does(tmp_path, store):
     times, graft = execute("07_subcircuits", tmp_path, {"seed": 6}, "[times.iloc[0].to_dict(), {s: metrics.phase_change("
@@ -138,6 +142,7 @@ def test_07_orders_the_clamped_runs_as_the_paper_does(tmp_path, store):
     assert graft["6"] < min(graft["7"], graft["8"])
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_04_finds_the_wiring_of_another_seed(tmp_path, store):
     verdicts, n, heads = execute("04_wiring", tmp_path, {"seed": 6}, f"[{VERDICTS}, len(order), sorted(order)]")
@@ -146,6 +151,7 @@ def test_04_finds_the_wiring_of_another_seed(tmp_path, store):
         assert verdicts[key][0] == "holds", (key, verdicts[key])
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_09_of_another_seed(tmp_path, store):
     times, perfect, labels, verdicts = execute("09_match_and_copy", tmp_path, {"seed": 6}, f"[list(times.items()), "
@@ -156,6 +162,7 @@ def test_09_of_another_seed(tmp_path, store):
     assert verdicts["negative-learns"][0] == verdicts["negative-fails"][0] == "holds"
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["03_many_heads", "04_wiring", "07_subcircuits", "08_data_properties", "09_match_and_copy",
                                   "10_seeds"])
@@ -186,6 +193,7 @@ def test_a_run_too_short_for_a_phase_change_says_so(tmp_path, store, name):
     ("02_phase_change", {"n_heads": 7}, "n_heads=7 must divide"), ("02_phase_change", {"positions": "alibi"}, "positions='alibi'"),
     ("02_phase_change", {"n_pairs": 6}, "n_pairs=6"), ("04_wiring", {"mlp_ratio": -1}, "mlp_ratio=-1"),
 ])
+@pytest.mark.xdist_group("chapters")
 def test_bad_parameters_fail_with_the_named_error(store, name, parameters, words):
     """The error comes from the first cells, before anything is trained; only these are executed here."""
     code = [cell for cell in nbformat.read(ROOT / "book" / f"{name}.ipynb", 4).cells if cell.cell_type == "code"]
@@ -200,6 +208,7 @@ def test_bad_parameters_fail_with_the_named_error(store, name, parameters, words
     assert words in str(error.value)
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_the_examples_of_extending_do_what_the_page_says(tmp_path, store):
     wanted = ("[[experiments.loss_at(r, settings.n_sequences) for r in trained], steered, margin['value'].tolist(), "
@@ -213,12 +222,14 @@ def test_the_examples_of_extending_do_what_the_page_says(tmp_path, store):
     assert toward == sorted(toward) and toward[-1] > 0.5 and away == sorted(away, reverse=True) and away[-1] < 0.05
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_a_bad_parameter_fails_papermill(tmp_path, store):
     with pytest.raises(papermill.PapermillExecutionError, match="profile='fast'"):
         execute("04_wiring", tmp_path, {"profile": "fast"})
 
 
+@pytest.mark.xdist_group("book")
 @pytest.mark.slow
 def test_the_book_builds(built):
     root, log = built
@@ -235,6 +246,7 @@ def test_the_book_builds(built):
     assert words["not tested"] <= 1 and words["holds"] >= 0.8 * sum(words.values()) and sum(words.values()) == len(CLAIMS)
 
 
+@pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 def test_a_failing_cell_fails_the_build(tmp_path, store):
     root = copy_of_the_book(tmp_path)

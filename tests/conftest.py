@@ -1,10 +1,12 @@
 """What the tests share: the golden numbers, the shared folder where there is one, the built book, a small bank."""
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,9 @@ from ihbook.config import ModelConfig
 from ihbook.model import Weights
 from ihbook.task import Bank, from_exemplars
 
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers, and all that they start, share what is compiled
+    os.environ["IHBOOK_CACHE"] = tempfile.mkdtemp(prefix="ihbook-tests-")
+    atexit.register(shutil.rmtree, os.environ["IHBOOK_CACHE"], ignore_errors=True)
 if "PYTEST_XDIST_WORKER" in os.environ:  # otherwise threads wait for each other, ten times slower
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

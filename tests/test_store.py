@@ -25,7 +25,8 @@ from ihbook.engine.store import Store, default_root
 
 
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, monkeypatch):
+    monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "cache"))  # whose programs are pruned with it
     return Store(tmp_path / "store")
 
 

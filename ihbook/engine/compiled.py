@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import warnings
@@ -15,7 +16,8 @@ from ihbook import metrics
 from ihbook.clamps.compose import Plan
 from ihbook.engine import step
 from ihbook.engine.captured import capturing
-from ihbook.engine.flat import filled, form_of, names_of, tensors_of
+from ihbook.engine.flat import form_of, names_of, tensors_of
+from ihbook.engine.programs import compiled
 from ihbook.engine.step import Program, train_step
 from ihbook.task import Batch
 
@@ -44,14 +46,8 @@ def _compiled_program() -> Program:
 
 
 def has_compiler() -> bool:
-    """Whether PyTorch finds a C++ compiler."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return shutil.which(get_cpp_compiler()) is not None
-    except InvalidCxxCompiler:
-        return False
+    """Whether there is a C++ compiler where PyTorch looks for one."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def compiling(plain: Callable) -> Callable:
@@ -81,21 +77,3 @@ def compiling(plain: Callable) -> Callable:
         return plain(*arguments) if function is None else function(*tensors)
 
     return call
-
-
-def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor]) -> Callable | None:
-    """Compile `plain` as a function of the tensors in `arguments`, without running it; None, with a warning, where that fails."""
-    import torch._inductor
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def flat(*values: Tensor) -> dict[str, Tensor] | Tensor:
-        rest = iter(values)
-        return plain(*(filled(each, rest) for each in arguments))
-
-    try:
-        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-        return torch._inductor.compile(graph, tensors, options={"size_asserts": False, "cpp_wrapper": True})
-    except Exception as error:  # of any kind: `plain` then either works or raises it again
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
-        return None

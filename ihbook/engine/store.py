@@ -24,7 +24,7 @@ from ihbook import engine
 from ihbook.checks import at_least
 from ihbook.config import RunConfig
 from ihbook.digest import digest
-from ihbook.engine import cluster, folders
+from ihbook.engine import cluster, folders, programs
 from ihbook.engine.blocks import plan_blocks
 from ihbook.engine.folders import Damaged
 from ihbook.engine.prepared import Prepared, prepare
@@ -222,7 +222,7 @@ class Store:
         for folder in gone:
             shutil.rmtree(folder)
         shutil.rmtree(self.root / "locks", ignore_errors=True)
-        return gone
+        return gone + programs.prune(before=old, everything=everything)
 
 
 def fetch(runs: Sequence[RunConfig], *, bank: Bank | None = None, device: str | torch.device = "cpu", progress: bool = True,

@@ -1,0 +1,134 @@
+"""Compiled functions on disk: compiled once on a machine, loaded by every later process in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ihbook.banks.downloads import cache_dir
+from ihbook.engine.flat import filled
+from ihbook.files import sha256, writing
+
+OPTIONS: dict[str, object] = {"size_asserts": False}
+
+
+def folder() -> Path:
+    """Where compiled functions are kept: beside the downloads."""
+    return cache_dir() / "programs"
+
+
+def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor]) -> Callable[..., dict[str, Tensor] | Tensor] | None:
+    """A function of the tensors in `arguments` alone: loaded if it is kept, compiled if not. None, with a warning, if it can't be
+    compiled. Nothing is run."""
+    names: list[str] | None = None
+
+    def flat(*values: Tensor) -> tuple[Tensor, ...]:
+        nonlocal names
+        rest = iter(values)
+        out = plain(*(filled(each, rest) for each in arguments))
+        names = list(out) if isinstance(out, dict) else None
+        return tuple(out.values()) if isinstance(out, dict) else (out,)
+
+    try:
+        graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+        run = _loaded(graph, tensors)
+    except Exception as error:  # whatever it is, the plain step raises it again, or does without
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
+        return None
+    if names is None:
+        return lambda *values: run(values)[0]
+    return lambda *values: dict(zip(names, run(values), strict=True))
+
+
+def _loaded(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """The graph as a function of a list of tensors. Two processes that need the same one compile it once."""
+    path = folder() / f"{_key(graph, tensors)}.so"
+    if not _is_whole(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not _is_whole(path):  # another process may have compiled it meanwhile
+                _compile(graph, tensors, path)
+    with suppress(OSError):
+        os.utime(path.with_suffix(".json"))  # used: `prune` removes what has not been for long
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a function is kept there, as it was written: what is damaged is never run."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text())["sha256"] == sha256(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor], path: Path) -> None:
+    """Compile a graph ahead of time; the checksum is written last."""
+    import torch._inductor  # slow, and not needed to load what is compiled
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PyTorch says of itself
+        made = torch._inductor.aot_compile(graph, tuple(tensors), options=OPTIONS)
+    with writing(path) as partial:
+        shutil.copy(made, partial)
+    with writing(path.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps({"sha256": sha256(path), "torch": torch.__version__}))
+
+
+def prune(*, before: float, everything: bool = False) -> list[Path]:
+    """Remove what is damaged, made by another PyTorch, or last used `before` (seconds since the epoch); or all. Returns it."""
+    gone = []
+    for path in [path for path in folder().glob("*.so") if re.fullmatch(r"[0-9a-f]{32}", path.stem)]:
+        record = path.with_suffix(".json")
+        if (everything or not _is_whole(path) or json.loads(record.read_text()).get("torch") != torch.__version__
+                or record.stat().st_mtime < before):
+            gone.append(path)
+            for each in (path, record, path.with_suffix(".lock")):
+                each.unlink(missing_ok=True)
+    return gone
+
+
+def _key(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> str:
+    """Names everything that a compiled function depends on: the graph and its constants, the tensors' layout, PyTorch, the compiler
+    and the processor."""
+    digest = hashlib.sha256(graph.code.encode())
+    for name, constant in sorted([*graph.named_buffers(), *((n, v) for n, v in vars(graph).items() if isinstance(v, Tensor))]):
+        digest.update(f"{name}{tuple(constant.shape)}{constant.dtype}".encode() + constant.contiguous().numpy().tobytes())
+    layout = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in tensors]
+    digest.update(repr([layout, torch.__version__, sorted(OPTIONS.items()), _compiler(), _processor()]).encode())
+    return digest.hexdigest()[:32]
+
+
+@cache
+def _compiler() -> str:
+    """What the C++ compiler says of its version."""
+    name = os.environ.get("CXX", "g++")
+    try:
+        return subprocess.run([name, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return name
+
+
+@cache
+def _processor() -> str:
+    """The processor with all that it can do."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return " ".join(sorted(set(re.findall(r"^(?:model name|flags|Features)\s*:.*$", text, re.MULTILINE))))

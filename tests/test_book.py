@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 from statistics import median
 
+import h5py
 import nbformat
+import numpy as np
 import papermill
 import pytest
 from conftest import BUILD, ROOT, TOOLS, copy_of_the_book, shared
@@ -100,7 +102,10 @@ def test_02_finds_the_phase_change_of_each_seed(tmp_path, store):
 @pytest.mark.slow
 def test_02_of_another_task_and_network(tmp_path, store):
     parameters = {"n_labels": 10, "n_sequences": 9_600, "n_layers": 3, "mlp_ratio": 1.0, "n_heads": 4, "positions": "learned",
-                  "n_pairs": 4, "burstiness": 2, "noise": 0.1, "zipf": 0.5}
+                  "n_pairs": 4, "burstiness": 2, "noise": 0.1, "zipf": 0.5, "bank": "authors", "bank_path": str(tmp_path / "mine.h5"),
+                  "dim": 64, "n_classes": 30, "n_test_classes": 30}
+    with h5py.File(tmp_path / "mine.h5", "w") as file:  # a bank of the reader's own, as Extending says
+        file["resnet18/224/feat"] = np.random.default_rng(0).standard_normal((60, 5, 64)).astype("float32")
     wanted = f"[int(last), result.weights.n_labels, end['loss']['train'], layer, len(strengths), {VERDICTS}]"
     last, n_labels, loss, layer, n_heads, verdicts = execute("02_phase_change", tmp_path, parameters, wanted)
     assert (last, n_labels, n_heads) == (9_600, 10, 4) and 0.5 < loss < 2.4 and layer in (1, 2)

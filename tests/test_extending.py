@@ -23,7 +23,7 @@ from ihbook import ModelConfig, Store, TaskConfig, from_array, measure, run_with
 from ihbook.chapters import claims, experiments
 from ihbook.chapters.experiments import Settings
 from ihbook.clamps import Ablate, Copy, During, PerfectLayer1, Preserve, PreviousToken, Shape, Steer, Write, compose
-from ihbook.config import RunConfig
+from ihbook.config import BankConfig, RunConfig
 from ihbook.engine import blocks, compiled
 from ihbook.engine import train as training
 from ihbook.engine.prepared import Prepared, prepare
@@ -371,10 +371,11 @@ def test_own_clamps_that_broadcast_give_what_each_gives_alone(networks, batch, m
 
 def test_settings_reach_the_network_and_the_task():
     settings = Settings("quick", n_pairs=4, burstiness=2, noise=0.1, zipf=0.5, n_layers=3, n_heads=4, d_model=32, mlp_ratio=2.0,
-                        positions="learned", n_classes=20)
+                        positions="learned", n_classes=20, n_test_classes=30, dim=48)
     run = settings.run(n_labels=7)
     assert run.model == ModelConfig(n_layers=3, n_heads=4, d_model=32, mlp_ratio=2.0, positions="learned")
-    assert run.task == TaskConfig(n_classes=20, n_labels=7, n_pairs=4, burstiness=2, noise=0.1, zipf=0.5)
+    assert run.bank == BankConfig(dim=48)
+    assert run.task == TaskConfig(n_classes=20, n_test_classes=30, n_labels=7, n_pairs=4, burstiness=2, noise=0.1, zipf=0.5)
     assert settings.tokens == ["x₁", "l₁", "x₂", "l₂", "x₃", "l₃", "x₄", "l₄", "x"] and not settings.as_published
     assert len({settings.digest, Settings("quick").digest, replace(settings, n_heads=2).digest}) == 3
     assert replace(settings, device="cpu", bank_path=None).digest == settings.digest

@@ -15,7 +15,7 @@ from ihbook import clamps, metrics, task
 from ihbook.banks import load_bank
 from ihbook.checks import one_of, whole
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
-from ihbook.digest import digest
+from ihbook.digest import digest, encode
 from ihbook.engine.prepared import check_device
 from ihbook.engine.results import Result
 from ihbook.model import Weights
@@ -55,7 +55,9 @@ class Settings:
     n_seeds: int | None = None
     bank: str = "glyphs"
     bank_path: str | None = None
+    dim: int = 512
     n_classes: int = 50
+    n_test_classes: int = 100
     n_labels: int = 5
     n_pairs: int = 2
     burstiness: int = 1
@@ -88,8 +90,8 @@ class Settings:
 
     @property
     def task(self) -> TaskConfig:
-        return TaskConfig(n_classes=self.n_classes, n_labels=self.n_labels, n_pairs=self.n_pairs, burstiness=self.burstiness,
-                          noise=self.noise, zipf=self.zipf)
+        return TaskConfig(n_classes=self.n_classes, n_test_classes=self.n_test_classes, n_labels=self.n_labels,
+                          n_pairs=self.n_pairs, burstiness=self.burstiness, noise=self.noise, zipf=self.zipf)
 
     @property
     def model(self) -> ModelConfig:
@@ -109,7 +111,7 @@ class Settings:
     @property
     def digest(self) -> str:
         """Sixteen hex digits that name these settings, except for the device and the bank's path."""
-        return digest(replace(self, device="cpu", bank_path=None))[:16]
+        return digest([[name, value] for name, value in encode(self).items() if name not in ("device", "bank_path")])[:16]
 
     def length(self, published: float) -> int:
         """The number of sequences, at least 32, that corresponds to `published` of the paper's 1,000,000."""
@@ -124,7 +126,7 @@ class Settings:
             checkpoint_every: float = 0, nth: int = 0) -> RunConfig:
         """A run of the `nth` seed, counted from 0, with a data stream of its own; lengths and distances are the paper's."""
         return RunConfig(
-            bank=BankConfig(name=self.bank, path=self.bank_path), clamps=tuple(clamps), init_seed=self.seed + nth,
+            bank=BankConfig(name=self.bank, path=self.bank_path, dim=self.dim), clamps=tuple(clamps), init_seed=self.seed + nth,
             data_seed=nth, lr=self.scale.lr, model=self.model,
             task=replace(self.task, n_classes=n_classes or self.n_classes, n_labels=n_labels or self.n_labels),
             n_sequences=self.length(length), eval_size=self.scale.eval_size, eval_every=self.every(eval_every),

@@ -409,6 +409,39 @@ def test_a_failing_process_is_reported(small_bank, processes, tmp_path):
         train(many(), small_bank, directory=tmp_path / "file" / "store", compile=False)
 
 
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others_and_they_save(small_bank, processes, tmp_path, monkeypatch):
+    """The others would train for minutes."""
+    announce = planning.Block.announce
+
+    def broken(self, directory):
+        announce(self, directory)
+        if 0 in self.places:
+            (self.folder(directory) / "run-0").write_text("")  # where checkpoints are to go
+
+    monkeypatch.setattr(planning.Block, "announce", broken)
+    with pytest.raises(OSError, match="can't write"):
+        train(many(32_000_000), small_bank, directory=tmp_path, compile=False)
+    assert len(list(tmp_path.glob("*/state.safetensors"))) == 1 and not training_processes()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_reported(small_bank, processes, tmp_path):
+    def kill():  # when both have begun
+        while len(list(tmp_path.glob("*/run-0/*.safetensors"))) < 2:
+            time.sleep(0.02)
+        training_processes()[0].kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(RuntimeError, match="was killed.*goes on from what it last saved"):
+        train(many(32_000_000), small_bank, directory=tmp_path, compile=False)
+    assert not training_processes()
+
+
+def training_processes():
+    return [process for process in psutil.Process().children(recursive=True) if any("popen_loky" in word for word in process.cmdline())]
+
+
 KILLED = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -43,8 +43,8 @@ def train_in_processes(blocks: Sequence[Block], directory: Path, n: int, stopped
         futures = [executor.submit(_train_share, [(i, blocks[i]) for i in share], directory)
                    for share in shares(blocks, n) if share]
         while not all(future.done() for future in futures):
-            if stopped():
-                stop.set()
+            if stopped() or any(future.done() and future.exception() for future in futures):
+                stop.set()  # the others save their states too
             yield from told()
             time.sleep(0.1)
         yield from told()

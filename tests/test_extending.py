@@ -100,10 +100,11 @@ def test_the_default_way_of_training(small_bank, monkeypatch, tmp_path):
     monkeypatch.setattr(blocks, "SHARE_FROM", 1)
     monkeypatch.setattr(blocks, "n_cores", lambda: 2)
     kinds = [(), (Copy((1, 0)),), (Steer("resid_pre", 1, [0.1] * 16),), (During(PreviousToken((0, 1)), 320, 960),)]
-    runs = [replace(SHORT, metrics=[Margin()], n_sequences=1280, clamps=kind, data_seed=i) for i, kind in enumerate(kinds)]
+    runs = [replace(SHORT, metrics=[Margin()], n_sequences=(1280, 3200)[i % 2], clamps=kind, data_seed=i)
+            for i, kind in enumerate(kinds)]
     planned = blocks.plan_blocks(prepare(runs, small_bank), tmp_path)
     assert len(planned) == 4 and all(block.compile and len(block.compile_with) == 4 for block in planned)
-    assert blocks.n_processes(planned, "cpu") == 2 and [len(share) for share in blocks.shares(planned, 2)] == [2, 2]
+    assert blocks.n_processes(planned, "cpu") == 2 and len(blocks.shares(planned, 2)) == 2
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "training is not compiled")
         fast = train(runs, bank=small_bank, progress=False)

@@ -633,18 +633,6 @@ class Untraceable:
         return (x if bool((x == x).all()) else -x).unflatten(3, (2, 8))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
-def test_a_compiled_program_serves_families_of_other_sizes_and_plans(small_bank):
-    """What was compiled for one size or plan must not be used for another."""
-    runs = [RUN, replace(RUN, n_sequences=1600), replace(RUN, clamps=(clamps.During(clamps.PreviousToken((0, 1)), 640, 1280),))]
-    plain, compiled = (train(runs, small_bank, compile=compile) for compile in (False, True))
-    for a, b in zip(plain, compiled, strict=True):
-        pd.testing.assert_frame_equal(a.metrics, b.metrics, atol=2e-2, rtol=1e-3)
-        for name, tensor in a.weights.tensors.items():
-            torch.testing.assert_close(b.weights.tensors[name], tensor, atol=2e-4, rtol=1e-3)
-
-
 def test_a_compiled_program_is_for_arguments_in_one_order(small_bank, tmp_path, monkeypatch):
     """It takes a flat list, in which one moment could be taken for the other; a state that is loaded keeps the order."""
     made = []

@@ -163,8 +163,8 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
         raise ValueError(f"the networks are {networks[0].config} and {unlike.pop()}; measure each architecture by itself")
     config, n_pairs = networks[0].config, batch.labels.shape[2] - 1
     shape = Shape(config.n_layers, config.n_heads, n_pairs)
+    compose.check_batch(networks[0], batch)  # `stack` refuses others of another width or label count
     for network, each in zip(networks, lists, strict=True):
-        compose.check_batch(network, batch)
         compose.check(each, shape, network)
     for i in range(0, len(lists), TOGETHER):
         some = [compose.active(each, math.inf) for each in lists[i:i + TOGETHER]]

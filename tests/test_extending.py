@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 
@@ -96,6 +95,7 @@ def test_a_metric_is_broadcast_over_clamps(networks, batch):
 @pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_the_default_way_of_training(small_bank, monkeypatch, tmp_path):
     """Long runs train compiled, in processes, several clamps in one program, with a reader's metric; the plain way agrees."""
+    monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(compiled.COMPILE_FROM, "cpu", 1)
     monkeypatch.setattr(blocks, "SHARE_FROM", 1)
     monkeypatch.setattr(blocks, "n_cores", lambda: 2)
@@ -105,9 +105,8 @@ def test_the_default_way_of_training(small_bank, monkeypatch, tmp_path):
     planned = blocks.plan_blocks(prepare(runs, small_bank), tmp_path)
     assert len(planned) == 4 and all(block.compile and len(block.compile_with) == 4 for block in planned)
     assert blocks.n_processes(planned, "cpu") == 2 and len(blocks.shares(planned, 2)) == 2
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "training is not compiled")
-        fast = train(runs, bank=small_bank, progress=False)
+    fast = train(runs, bank=small_bank, progress=False)
+    assert len(list((tmp_path / "cache/programs").glob("*.so"))) >= 2  # a step and an evaluation: a process's warnings are not seen here
     for a, b in zip(train(runs, bank=small_bank, progress=False, compile=False), fast, strict=True):
         pd.testing.assert_frame_equal(a.metrics, b.metrics, atol=5e-3, rtol=1e-3)
         for name, tensor in a.weights.tensors.items():

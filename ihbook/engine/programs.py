@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ihbook.banks.downloads import cache_dir
+from ihbook.engine import products
 from ihbook.engine.flat import filled
 from ihbook.files import sha256, writing
 
-OPTIONS: dict[str, object] = {"size_asserts": False}
+OPTIONS: dict[str, object] = {"size_asserts": False, "aot_inductor.custom_ops_to_c_shims": {products.OPERATION: [products.SHIM]}}
 
 
 def folder() -> Path:
@@ -46,7 +47,7 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor]) -> Callab
 
     try:
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-        run = _loaded(graph, tensors)
+        run = _loaded(products.with_own_products(graph), tensors)
     except Exception as error:  # whatever it is, the plain step raises it again, or does without
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
@@ -57,16 +58,26 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor]) -> Callab
 
 
 def _loaded(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
-    """The graph as a function of a list of tensors. Two processes that need the same one compile it once."""
-    path = folder() / f"{_key(graph, tensors)}.so"
+    """The graph as a function of a list of tensors."""
+    products.load(_kept(_key(products.SOURCE.read_bytes()), products.build))
+    path = _kept(_key_of(graph, tensors), lambda path: _compile(graph, tensors, path))
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
+
+
+def _kept(key: str, build: Callable[[Path], None]) -> Path:
+    """The compiled library named `key`, built if it is not kept whole. Two processes that need the same one build it once."""
+    path = folder() / f"{key}.so"
     if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            if not _is_whole(path):  # another process may have compiled it meanwhile
-                _compile(graph, tensors, path)
+            if not _is_whole(path):  # another process may have built it meanwhile
+                with writing(path) as partial:
+                    build(partial)
+                with writing(path.with_suffix(".json")) as partial:  # the checksum is written last
+                    partial.write_text(json.dumps({"sha256": sha256(path), "torch": torch.__version__}))
     with suppress(OSError):
         os.utime(path.with_suffix(".json"))  # used: `prune` removes what has not been for long
-    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
+    return path
 
 
 def _is_whole(path: Path) -> bool:
@@ -78,16 +89,12 @@ def _is_whole(path: Path) -> bool:
 
 
 def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor], path: Path) -> None:
-    """Compile a graph ahead of time; the checksum is written last."""
+    """Compile a graph ahead of time, as a library at `path`."""
     import torch._inductor  # slow, and not needed to load what is compiled
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PyTorch says of itself
-        made = torch._inductor.aot_compile(graph, tuple(tensors), options=OPTIONS)
-    with writing(path) as partial:
-        shutil.copy(made, partial)
-    with writing(path.with_suffix(".json")) as partial:
-        partial.write_text(json.dumps({"sha256": sha256(path), "torch": torch.__version__}))
+        shutil.copy(torch._inductor.aot_compile(graph, tuple(tensors), options=OPTIONS), path)
 
 
 def prune(*, before: float, everything: bool = False) -> list[Path]:
@@ -103,14 +110,20 @@ def prune(*, before: float, everything: bool = False) -> list[Path]:
     return gone
 
 
-def _key(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> str:
-    """Names everything that a compiled function depends on: the graph and its constants, the tensors' layout, PyTorch, the compiler
-    and the processor."""
-    digest = hashlib.sha256(graph.code.encode())
-    for name, constant in sorted([*graph.named_buffers(), *((n, v) for n, v in vars(graph).items() if isinstance(v, Tensor))]):
-        digest.update(f"{name}{tuple(constant.shape)}{constant.dtype}".encode() + constant.contiguous().numpy().tobytes())
+def _key_of(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> str:
+    """The key of a graph: it names the graph and its constants, the tensors' layout and how it is compiled."""
+    constants = sorted([*graph.named_buffers(), *((n, v) for n, v in vars(graph).items() if isinstance(v, Tensor))])
     layout = [(tuple(t.shape), t.stride(), str(t.dtype)) for t in tensors]
-    digest.update(repr([layout, torch.__version__, sorted(OPTIONS.items()), _compiler(), _processor()]).encode())
+    return _key(graph.code.encode(), repr(layout).encode(), repr(sorted(OPTIONS.items())).encode(), products.SOURCE.read_bytes(),
+                *(part for name, constant in constants for part in (f"{name}{tuple(constant.shape)}{constant.dtype}".encode(),
+                                                                    constant.contiguous().numpy().tobytes())))
+
+
+def _key(*parts: bytes) -> str:
+    """Names what is compiled of `parts` by this compiler for this processor and PyTorch, in 32 hex digits."""
+    digest = hashlib.sha256(repr([torch.__version__, _compiler(), _processor()]).encode())
+    for part in parts:
+        digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:32]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ihbook.checks import one_of
 from ihbook.clamps import Clamp, Shape, compose
 from ihbook.config import ModelConfig
-from ihbook.model import Activations, Params, Weights, stack
+from ihbook.model import Activations, Params, Weights, exemplar_table, stack
 from ihbook.task import Batch
 
 THRESHOLD = 0.4 * math.log(2)  # nats: 0.4 times the loss of a guess between the two labels in context
@@ -65,11 +65,12 @@ def previous_token_attention(pattern: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def summed(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan, more: Sequence[Metric] = ()) -> dict[str, Tensor]:
+def summed(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan, more: Sequence[Metric] = (),
+           table: Tensor | None = None) -> dict[str, Tensor]:
     """Sums over a batch's sequences under `plan`: of `query_metrics` and of a reader's `more`, `[run]`; and of each head's
-    `strength` and `previous_token`, `[run, layer, head]` (no `previous_token` for the last layer). Raises ValueError where a
-    reader's metric has another shape or the name of another metric."""
-    acts = plan(params, batch, config, query_only=True)
+    `strength` and `previous_token`, `[run, layer, head]` (no `previous_token` for the last layer). `table` as in `model.forward`.
+    Raises ValueError where a reader's metric has another shape or the name of another metric."""
+    acts = plan(params, batch, config, query_only=True, table=table)
     batch = batch.expand(len(acts.logits))
     patterns = [acts["pattern", i].expand(len(acts.logits), -1, -1, -1, -1) for i in range(config.n_layers)]
     values = query_metrics(acts.logits, batch)
@@ -91,11 +92,12 @@ def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: compose.Pl
              chunk: int = 4096, summed: Callable[..., dict[str, Tensor]] = summed) -> dict[str, Tensor]:
     """Means over a batch's sequences of what `summed` sums, float64, computed `chunk` sequences at a time. `previous_token` is
     NaN for the last layer, where only the query's row is computed."""
-    totals: dict[str, Tensor] = {}
-    for part in batch.split(chunk):
-        for name, value in summed(params, part, config, plan, tuple(more)).items():
-            totals[name] = totals.get(name, 0) + value.double()
-    means = {name: total / len(batch) for name, total in totals.items()}
+    table = None
+    if batch.noise is None and batch.bank.shape[1] <= batch.ids[0].numel():
+        with torch.no_grad():
+            table = exemplar_table(params, batch)  # once for all parts
+    parts = [summed(params, part, config, plan, tuple(more), table) for part in batch.split(chunk)]
+    means = {name: torch.stack([part[name] for part in parts]).double().sum(0) / len(batch) for name in parts[0]}
     missing = torch.full_like(means["strength"][:, :1], math.nan)
     means["previous_token"] = torch.cat([*([means["previous_token"]] if "previous_token" in means else []), missing], 1)
     return means

@@ -106,6 +106,7 @@ class Activations:
     config: ModelConfig
     query_only: bool = False
     donor: Params | None = None
+    table: Tensor | None = None
     inside: dict[Site, Tensor] = field(default_factory=dict)
     other_passes: dict[str, Activations] = field(default_factory=dict)
 
@@ -128,7 +129,8 @@ class Activations:
     def unclamped(self) -> Activations:
         """A pass of the same network with no overrides at all; gradients flow through it."""
         if "unclamped" not in self.other_passes:
-            self.other_passes["unclamped"] = forward(self.params, self.batch, self.config, query_only=self.query_only)
+            self.other_passes["unclamped"] = forward(self.params, self.batch, self.config, query_only=self.query_only,
+                                                     table=self.table)
         return self.other_passes["unclamped"]
 
     @property
@@ -141,15 +143,15 @@ class Activations:
 
 
 def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overrides | None = None, *,
-            query_only: bool = False, donor: Params | None = None) -> Activations:
+            query_only: bool = False, donor: Params | None = None, table: Tensor | None = None) -> Activations:
     """Compute every run's network on its own sequences (chapter 2).
 
     `overrides` maps (name, layer) to what replaces that activation; the rest of the network computes from it. `query_only`
     computes only what the logits need: in the last layer, all activations but `resid_pre`, `qk_input`, `k` and `v` have one
-    position, the query's. `donor` holds the frozen weights that an override may read. Raises ValueError for a sequence longer
-    than a learned position table.
+    position, the query's. `donor` holds the frozen weights that an override may read. `table` is `exemplar_table(params, batch)`,
+    where the caller has it. Raises ValueError for a sequence longer than a learned position table.
     """
-    acts = Activations(params, batch, config, query_only, donor)
+    acts = Activations(params, batch, config, query_only, donor, table)
     overrides = overrides or {}
 
     def put(name: str, layer: int | None, x: Tensor) -> Tensor:
@@ -158,7 +160,7 @@ def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overri
             acts.inside[name, layer] = x = overrides[name, layer].apply(name, x, acts)
         return x
 
-    x = put("token_embed", None, embed(params, batch, config))
+    x = put("token_embed", None, embed(params, batch, config, table))
     n_positions = x.shape[2]
     causal = torch.ones(n_positions, n_positions, dtype=torch.bool, device=x.device).tril()[..., None]
     for i in range(config.n_layers):
@@ -190,17 +192,23 @@ def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overri
     return acts
 
 
-def embed(params: Params, batch: Batch, config: ModelConfig) -> Tensor:
+def exemplar_table(params: Params, batch: Batch) -> Tensor:
+    """Every exemplar of the batch's bank, embedded, `[run, d_model, n]`, noise left out."""
+    bank = batch.bank[0] if len(batch.bank) == 1 else batch.bank  # a bank that the runs share is one matrix, so one product
+    return params["exemplar_embed.weight"] @ bank.mT + params["exemplar_embed.bias"].unsqueeze(-1)
+
+
+def embed(params: Params, batch: Batch, config: ModelConfig, table: Tensor | None = None) -> Tensor:
     """Token embeddings `[run, d_model, pos, batch]`: exemplars and labels interleaved, plus absolute positions where chosen."""
-    weight, bias = params["exemplar_embed.weight"], params["exemplar_embed.bias"].unsqueeze(-1)
     n_runs, n_batch, n_exemplars = batch.ids.shape
-    if batch.noise is None and batch.bank.shape[1] <= FEW and batch.bank.shape[1] < n_batch * n_exemplars:
-        # Embed each exemplar once, then pick. If the runs share a bank, it is one matrix and their embeddings are one product.
-        bank = batch.bank[0] if len(batch.bank) == 1 else batch.bank
-        exemplars = select(weight @ bank.mT + bias, batch.ids)
+    if table is None and batch.noise is None and batch.bank.shape[1] <= min(FEW, n_batch * n_exemplars - 1):
+        table = exemplar_table(params, batch)
+    if table is not None:
+        exemplars = select(table, batch.ids)
     else:
         features = batch.exemplars.transpose(1, 2).flatten(1, 2)
-        exemplars = (weight @ features.mT + bias).unflatten(2, (n_exemplars, n_batch))
+        exemplars = params["exemplar_embed.weight"] @ features.mT + params["exemplar_embed.bias"].unsqueeze(-1)
+        exemplars = exemplars.unflatten(2, (n_exemplars, n_batch))
     labels = select(params["label_embed.weight"], batch.labels[:, :, :-1])
     pairs = torch.stack([exemplars[:, :, :-1], labels], 3).flatten(2, 3)
     x = torch.cat([pairs, exemplars[:, :, -1:]], 2)

@@ -114,8 +114,8 @@ def test_the_default_way_of_training(small_bank, monkeypatch, tmp_path):
 
 
 def test_a_program_made_for_one_metric_does_not_serve_another(monkeypatch):
-    monkeypatch.setattr(compiled, "compiled", lambda plain, arguments, tensors: lambda *given: arguments[-1])
-    call, ids = compiled.compiling(lambda *arguments: None), torch.zeros(1, 4, 3, dtype=torch.long)
+    monkeypatch.setattr(compiled, "compiled", lambda plain, arguments, tensors, wait: lambda *given: arguments[-1])
+    call, ids = compiled.Compiling(lambda *arguments: None), torch.zeros(1, 4, 3, dtype=torch.long)
     batch, plan = task.Batch(torch.zeros(1, 5, 4), ids, ids), compose.Plan()
     assert [call({}, batch, ModelConfig(), plan, (metric(),)) for metric in (Margin, LookAtSelf, Margin)] == [
         (Margin(),), (LookAtSelf(),), (Margin(),)]

@@ -636,13 +636,13 @@ class Untraceable:
 def test_a_compiled_program_is_for_arguments_in_one_order(small_bank, tmp_path, monkeypatch):
     """It takes a flat list, in which one moment could be taken for the other; a state that is loaded keeps the order."""
     made = []
-    monkeypatch.setattr(compiled, "compiled", lambda plain, args, tensors: made.append(tensors) or (lambda *values: values))
+    monkeypatch.setattr(compiled, "compiled", lambda plain, args, tensors, wait: made.append(tensors) or (lambda *values: values))
     [each] = prepare([RUN], small_bank)
     params = stack([each.weights])
     state = states.FamilyState(0, [0], params, step.initial_moments(params, RUN))
     schedule = family.Schedule([each], "cpu", step.PLAIN)
     (batch, scalars), plan = schedule.batch(state), schedule.plan(state)
-    call = compiled.compiling(step.train_step)
+    call = compiled.Compiling(step.train_step)
     turned = {kind: state.moments[kind] for kind in ("exp_avg_sq", "exp_avg")}
     inside = {kind: dict(reversed(moments.items())) for kind, moments in state.moments.items()}
     for moments in (state.moments, turned, inside, state.moments):
@@ -806,13 +806,13 @@ def test_what_a_training_process_prints_is_not_taken_for_a_message(small_bank, p
 
 def fake_programs(monkeypatch, seconds=0.0):
     """Replace `compiled.compiled` by a function that only says what it was made for."""
-    def fake(plain, args, tensors):
+    def fake(plain, args, tensors, wait):
         time.sleep(seconds)
         made = [t.stride() for t in tensors], args[-1]
         return lambda *given: (made, [t.stride() for t in given])
 
     monkeypatch.setattr(compiled, "compiled", fake)
-    return compiled.compiling(lambda *args: None)
+    return compiled.Compiling(lambda *args: None)
 
 
 def test_a_program_is_not_used_for_tensors_that_lie_otherwise(monkeypatch):

@@ -160,11 +160,12 @@ class Plan:
     donor: Params | None = None
     frozen: dict[str, Tensor] = field(default_factory=dict)  # weight name -> bool [run, 1, …]: where the donor's is used
 
-    def __call__(self, params: Params, batch: Batch, config: ModelConfig, *, query_only: bool = False) -> Activations:
+    def __call__(self, params: Params, batch: Batch, config: ModelConfig, *, query_only: bool = False,
+                 table: Tensor | None = None) -> Activations:
         """A forward pass under these clamps."""
         if self.frozen:
             params = params | {name: torch.where(mask, self.donor[name], params[name]) for name, mask in self.frozen.items()}
-        return forward(params, batch, config, self.overrides, query_only=query_only, donor=self.donor)
+        return forward(params, batch, config, self.overrides, query_only=query_only, donor=self.donor, table=table)
 
 
 def make_plan(clamps: Sequence[Sequence[Clamp]], config: ModelConfig, n_pairs: int, *, compile_with: Sequence[Sequence[Clamp]] = (),

@@ -7,6 +7,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -17,7 +18,7 @@ from ihbook.clamps.compose import Plan
 from ihbook.engine import step
 from ihbook.engine.captured import capturing
 from ihbook.engine.flat import form_of, names_of, tensors_of
-from ihbook.engine.programs import compiled
+from ihbook.engine.programs import Busy, compiled
 from ihbook.engine.step import Program, train_step
 from ihbook.task import Batch
 
@@ -42,7 +43,8 @@ def program_for(compile: bool, device: str | torch.device) -> Program:
 @cache
 def _compiled_program() -> Program:
     """The program of all compiled families of a process, so that nothing is compiled twice."""
-    return Program(compiling(train_step), compiling(metrics.summed))
+    stepping = Compiling(train_step)
+    return Program(stepping, Compiling(metrics.summed), stepping.prepare)
 
 
 def has_compiler() -> bool:
@@ -50,30 +52,39 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def compiling(plain: Callable) -> Callable:
+class Compiling:
     """`plain`, compiled at the first call with each new form and size of its arguments. If that fails, warn, and call `plain`.
 
     The compiled function takes a flat list of tensors: PyTorch's own lookup of a compiled function for nested arguments would
     take a seventh of a step.
     """
-    functions: dict[tuple, Callable | None] = {}
-    last: tuple = None, None, None  # the last call's plan, sizes and compiled function, read by threads as one
-    lock = threading.Lock()
 
-    def call(*arguments) -> dict[str, Tensor] | Tensor:
-        nonlocal last
+    def __init__(self, plain: Callable):
+        self.plain = plain
+        self._functions: dict[tuple, Callable | None] = {}
+        self._last: tuple = None, None, None  # the last call's plan, sizes and compiled function, read by threads as one
+        self._lock = threading.Lock()
+
+    def __call__(self, *arguments) -> dict[str, Tensor] | Tensor:
         tensors = tensors_of(arguments)
+        function = self._function(arguments, tensors)
+        return self.plain(*arguments) if function is None else function(*tensors)
+
+    def prepare(self, *arguments) -> None:
+        """Compile for these arguments, unless another process is doing so now."""
+        with suppress(Busy):
+            self._function(arguments, tensors_of(arguments), wait=False)
+
+    def _function(self, arguments: tuple, tensors: list[Tensor], wait: bool = True) -> Callable | None:
         batch, plan = (next(each for each in arguments if isinstance(each, kind)) for kind in (Batch, Plan))
         others = tuple(each for each in arguments if not isinstance(each, (Batch, Plan, Tensor, dict)))
         sizes = [(t.shape, t.stride()) for t in (batch.bank, batch.ids)], names_of(arguments), others
-        last_plan, last_sizes, function = last
+        last_plan, last_sizes, function = self._last
         if last_plan is not plan or sizes != last_sizes:
-            function_key = others, form_of(plan), tuple(sizes[1]), tuple((t.shape, t.stride(), t.dtype) for t in tensors)
-            with lock:
-                if function_key not in functions:
-                    functions[function_key] = compiled(plain, arguments, tensors)
-            function = functions[function_key]
-            last = plan, sizes, function
-        return plain(*arguments) if function is None else function(*tensors)
-
-    return call
+            key = others, form_of(plan), tuple(sizes[1]), tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+            with self._lock:
+                if key not in self._functions:
+                    self._functions[key] = compiled(self.plain, arguments, tensors, wait)
+            function = self._functions[key]
+            self._last = plan, sizes, function
+        return function

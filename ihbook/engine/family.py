@@ -67,6 +67,9 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
     schedule = Schedule(family, device, program, compile_with)
     saved_at = time.monotonic()
     with _alone_on(device):
+        if state.steps_done < max(n_steps):  # before the first evaluation, so that two processes compile a program each
+            batch, scalars = schedule.batch(state)
+            program.prepare(state.params, state.moments, batch, schedule.plan(state), first.model, scalars)
         while state.alive:
             leaving = [r for r in state.alive if n_steps[r] == state.steps_done]
             _record(state, schedule, leaving, folder)

@@ -1,6 +1,6 @@
 """The matrix products of compiled programs, by a kernel of our own (`products.cpp`), compiled once on a machine like the programs.
 
-A training step makes some twenty small products. PyTorch's library (MKL) is made for large ones, and for the processors of its maker.
+A training step makes some twenty small products. PyTorch's library, MKL, is made for large ones, and for its maker's processors.
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -33,9 +33,14 @@ def folder() -> Path:
     return cache_dir() / "programs"
 
 
-def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor]) -> Callable[..., dict[str, Tensor] | Tensor] | None:
+class Busy(Exception):
+    """Another process is compiling this function now."""
+
+
+def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor],
+             wait: bool = True) -> Callable[..., dict[str, Tensor] | Tensor] | None:
     """A function of the tensors in `arguments` alone: loaded if it is kept, compiled if not. None, with a warning, if it can't be
-    compiled. Nothing is run."""
+    compiled. Nothing is run. Without `wait`, raises Busy where another process is compiling it."""
     names: list[str] | None = None
 
     def flat(*values: Tensor) -> tuple[Tensor, ...]:
@@ -47,7 +52,9 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor]) -> Callab
 
     try:
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-        run = _loaded(products.with_own_products(graph), tensors)
+        run = _loaded(products.with_own_products(graph), tensors, wait)
+    except Busy:
+        raise
     except Exception as error:  # whatever it is, the plain step raises it again, or does without
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
@@ -57,19 +64,20 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor]) -> Callab
     return lambda *values: dict(zip(names, run(values), strict=True))
 
 
-def _loaded(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> Callable[..., list[Tensor]]:
+def _loaded(graph: torch.fx.GraphModule, tensors: list[Tensor], wait: bool) -> Callable[..., list[Tensor]]:
     """The graph as a function of a list of tensors."""
     products.load(_kept(_key(products.SOURCE.read_bytes()), products.build))
-    path = _kept(_key_of(graph, tensors), lambda path: _compile(graph, tensors, path))
+    path = _kept(_key_of(graph, tensors), lambda path: _compile(graph, tensors, path), wait)
     return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
 
 
-def _kept(key: str, build: Callable[[Path], None]) -> Path:
-    """The compiled library named `key`, built if it is not kept whole. Two processes that need the same one build it once."""
+def _kept(key: str, build: Callable[[Path], None], wait: bool = True) -> Path:
+    """The compiled library named `key`, built if it is not kept whole. Two processes that need the same one build it once: the
+    other waits, or raises Busy."""
     path = folder() / f"{key}.so"
     if not _is_whole(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with _locked(path.with_suffix(".lock"), wait):
             if not _is_whole(path):  # another process may have built it meanwhile
                 with writing(path) as partial:
                     build(partial)
@@ -78,6 +86,16 @@ def _kept(key: str, build: Callable[[Path], None]) -> Path:
     with suppress(OSError):
         os.utime(path.with_suffix(".json"))  # used: `prune` removes what has not been for long
     return path
+
+
+@contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[None]:
+    try:
+        lock = FileLock(path).acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise Busy from None
+    with lock:
+        yield
 
 
 def _is_whole(path: Path) -> bool:

@@ -54,10 +54,12 @@ def scalars_of(rates: Sequence[float], steps: Sequence[int], device: str | torch
 
 @dataclass(frozen=True)
 class Program:
-    """What a family runs: `step`, as `train_step` (the next call may overwrite its losses); `evaluate`, as `metrics.summed`."""
+    """What a family runs: `step`, as `train_step` (the next call may overwrite its losses); `evaluate`, as `metrics.summed`.
+    `prepare` takes a step's arguments and gets the step ready, where that takes long and no other process is doing so."""
 
     step: Callable[..., Tensor]
     evaluate: Callable[..., dict[str, Tensor]]
+    prepare: Callable[..., None] = lambda *arguments: None
 
 
 PLAIN = Program(train_step, metrics.summed)

@@ -92,11 +92,11 @@ def evaluate(params: Params, batch: Batch, config: ModelConfig, plan: compose.Pl
              chunk: int = 4096, summed: Callable[..., dict[str, Tensor]] = summed) -> dict[str, Tensor]:
     """Means over a batch's sequences of what `summed` sums, float64, computed `chunk` sequences at a time. `previous_token` is
     NaN for the last layer, where only the query's row is computed."""
-    table = None
+    more, table = tuple(more), None
     if batch.noise is None and batch.bank.shape[1] <= batch.ids[0].numel():
         with torch.no_grad():
             table = exemplar_table(params, batch)  # once for all parts
-    parts = [summed(params, part, config, plan, tuple(more), table) for part in batch.split(chunk)]
+    parts = [summed(params, part, config, plan, more, table) for part in batch.split(chunk)]
     means = {name: torch.stack([part[name] for part in parts]).double().sum(0) / len(batch) for name in parts[0]}
     missing = torch.full_like(means["strength"][:, :1], math.nan)
     means["previous_token"] = torch.cat([*([means["previous_token"]] if "previous_token" in means else []), missing], 1)

@@ -89,7 +89,8 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Consecutive batches of at most `size` sequences."""
-        return [self._each(lambda x, i=i: x[:, i:i + size]) for i in range(0, len(self), size)]
+        parts = [x.split(size, 1) for x in (self.ids, self.labels, *([] if self.noise is None else [self.noise]))]
+        return [Batch(self.bank, *part) for part in zip(*parts, strict=True)]
 
     def expand(self, n_runs: int) -> Batch:
         """The same sequences for each of `n_runs` runs, as views of a batch of one run."""

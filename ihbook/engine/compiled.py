@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import shutil
 import threading
@@ -62,7 +63,7 @@ class Compiling:
     def __init__(self, plain: Callable):
         self.plain = plain
         self._functions: dict[tuple, Callable | None] = {}
-        self._last: tuple = None, None, None  # the last call's plan, sizes and compiled function, read by threads as one
+        self._last: tuple = (), [], None  # the last call's fixed arguments, layout and function, read by threads as one
         self._lock = threading.Lock()
 
     def __call__(self, *arguments) -> dict[str, Tensor] | Tensor:
@@ -76,15 +77,18 @@ class Compiling:
             self._function(arguments, tensors_of(arguments), wait=False)
 
     def _function(self, arguments: tuple, tensors: list[Tensor], wait: bool = True) -> Callable | None:
-        batch, plan = (next(each for each in arguments if isinstance(each, kind)) for kind in (Batch, Plan))
-        others = tuple(each for each in arguments if not isinstance(each, (Batch, Plan, Tensor, dict)))
-        sizes = [(t.shape, t.stride()) for t in (batch.bank, batch.ids)], names_of(arguments), others
-        last_plan, last_sizes, function = self._last
-        if last_plan is not plan or sizes != last_sizes:
-            key = others, form_of(plan), tuple(sizes[1]), tuple((t.shape, t.stride(), t.dtype) for t in tensors)
+        fixed = [each for each in arguments if not isinstance(each, (Batch, Tensor))]
+        changing = [t for each in arguments if isinstance(each, (Batch, Tensor))
+                    for t in ([each.bank, each.ids] if isinstance(each, Batch) else [each])]
+        layout = [(t.shape, t.stride()) for t in changing]
+        last_fixed, last_layout, function = self._last
+        if layout != last_layout or not all(map(operator.is_, fixed, last_fixed)):
+            plan = next(each for each in fixed if isinstance(each, Plan))
+            others = tuple(each for each in fixed if not isinstance(each, (Plan, dict)))
+            key = others, form_of(plan), tuple(names_of(arguments)), tuple((t.shape, t.stride(), t.dtype) for t in tensors)
             with self._lock:
                 if key not in self._functions:
                     self._functions[key] = compiled(self.plain, arguments, tensors, wait)
             function = self._functions[key]
-            self._last = plan, sizes, function
+            self._last = fixed, layout, function
         return function

@@ -66,7 +66,8 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor],
 
 def _loaded(graph: torch.fx.GraphModule, tensors: list[Tensor], wait: bool) -> Callable[..., list[Tensor]]:
     """The graph as a function of a list of tensors."""
-    products.load(_kept(_key(products.SOURCE.read_bytes()), products.build))
+    if any(node.target is products.OPERATION for node in graph.graph.nodes):
+        products.load(_kept(_key(products.SOURCE.read_bytes()), products.build))
     path = _kept(_key_of(graph, tensors), lambda path: _compile(graph, tensors, path), wait)
     return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
 

@@ -1,4 +1,4 @@
-"""One optimiser step of a family, in thirty lines. It reads only its arguments, and updates the weights and moments in place."""
+"""One optimiser step of a family, in forty lines. It reads only its arguments, and updates the weights and moments in place."""
 
 from __future__ import annotations
 
@@ -34,8 +34,15 @@ def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, confi
         losses = metrics.cross_entropy(plan(values, batch, config, query_only=True).logits, batch)
         # Runs share no weight, so the sum's gradient is each run's own. A weight that a clamp leaves unused gets 0.
         gradients = torch.autograd.grad(losses.sum(), list(values.values()), allow_unused=True, materialize_grads=True)
+    update(params, moments, dict(zip(values, gradients, strict=True)), scalars)
+    return losses.detach()
+
+
+def update(params: Params, moments: Moments, gradients: Params, scalars: Tensor) -> None:
+    """The optimiser's part of `train_step`."""
     lr, correction, correction_sq = scalars.unbind()
-    for (name, p), g in zip(params.items(), gradients, strict=True):
+    for name, p in params.items():
+        g = gradients[name]
         if not moments:
             p.sub_(lr * g)
             continue
@@ -43,7 +50,6 @@ def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, confi
         m.mul_(BETAS[0]).add_(g, alpha=1 - BETAS[0])
         v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
         p.sub_(lr * (m / correction) / ((v / correction_sq).sqrt() + EPSILON))
-    return losses.detach()
 
 
 def scalars_of(rates: Sequence[float], steps: Sequence[int], device: str | torch.device) -> Tensor:

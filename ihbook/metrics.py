@@ -19,7 +19,7 @@ from ihbook.model import Activations, Params, Weights, exemplar_table, stack
 from ihbook.task import Batch
 
 THRESHOLD = 0.4 * math.log(2)  # nats: 0.4 times the loss of a guess between the two labels in context
-TOGETHER, CHUNK = 8, 1024  # finished networks, and sequences, measured at once: as many as a core's caches hold
+TOGETHER, CHUNK = 32, 1024  # finished networks, and sequences, measured at once: as many as a core's caches hold
 
 METRICS = ("loss", "accuracy", "probability", "in_context_loss", "in_context_accuracy", "in_context_probability",
            "context_probability")

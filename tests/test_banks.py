@@ -11,6 +11,7 @@ import time
 import types
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -19,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ihbook import banks
+from ihbook import Store, banks
 from ihbook.banks import authors as h5_file
 from ihbook.banks import downloads, load_bank
 from ihbook.banks import omniglot as archives
@@ -95,6 +96,33 @@ def test_generated_banks_are_values_of_their_config(name):
     assert (other.digest == first.digest) == (name == "onehot")
     json.dumps(first.metadata)
     assert first.metadata["name"] == name
+
+
+def test_drawn_glyphs_are_kept_and_drawn_again_where_damaged(tmp_path, monkeypatch):
+    """A second process reads them; a damaged file, another config or a cache that can't be written make it draw."""
+    monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path))
+    config, draws = BankConfig(n_classes=20, n_exemplars=2), []
+    monkeypatch.setattr(banks, "draw_glyphs", lambda *args: draws.append(args) or draw_glyphs(*args))
+
+    def load(config=config):
+        draws.clear()
+        bank = banks._load(config)  # not from this process's memory
+        return bank.digest, torch.equal(bank.images, draw_glyphs(20, 2, config.seed)), len(draws)
+
+    digest, same, n = load()
+    assert same and n == 2  # the characters, and those that set the standardisation
+    [path] = banks.folder().glob("*.safetensors")
+    assert load() == (digest, True, 0)
+    content = path.read_bytes()
+    for damage in (content[:-1] + bytes([content[-1] ^ 1]), b""):
+        path.write_bytes(damage)
+        assert load() == (digest, True, 2) and path.read_bytes() == content
+    assert load(replace(config, seed=1))[1:] == (True, 2)
+    assert Store(tmp_path / "store").prune() == [] and load()[2] == 0
+    assert path in Store(tmp_path / "store").prune(everything=True) and not path.exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "file"))
+    assert load() == (digest, True, 2)
 
 
 def test_glyphs_do_not_depend_on_the_thread_count():

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from ihbook import Store
+from ihbook import Store, files
 from ihbook.engine import compiled, programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("programs"),
@@ -100,7 +100,7 @@ def test_a_damaged_or_foreign_function_is_compiled_anew(cache, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         use()
-    assert programs._is_whole(path)
+    assert files.record_of(path)
 
 
 def test_the_name_has_all_that_it_depends_on(cache, monkeypatch):
@@ -130,7 +130,7 @@ def test_they_are_pruned_with_the_store(cache, tmp_path):
     [path] = cache.glob("*.so")
     foreign = cache / ("0" * 32 + ".so")
     foreign.write_bytes(b"made by another version")
-    foreign.with_suffix(".json").write_text(json.dumps({"sha256": programs.sha256(foreign), "torch": "0"}))
+    foreign.with_suffix(".json").write_text(json.dumps({"sha256": files.sha256(foreign), "torch": "0"}))
     (cache / "notes.so").write_text("not ours")
     store = Store(tmp_path / "store")
     assert store.prune() == [foreign] and path.exists()

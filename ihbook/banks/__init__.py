@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
+from ihbook import files
+from ihbook.banks import embeddings, glyphs
 from ihbook.banks.authors import load_authors
-from ihbook.banks.embeddings import random_features
+from ihbook.banks.downloads import cache_dir
+from ihbook.banks.embeddings import RANDOM, random_features
 from ihbook.banks.glyphs import SIDE, draw_glyphs
 from ihbook.banks.omniglot import load_omniglot
 from ihbook.checks import one_of
 from ihbook.config import EMBEDDINGS, BankConfig
+from ihbook.files import kept
 from ihbook.task import Bank
 
 REFERENCE = 512  # the number of glyphs that set the standardisation, whatever `n_classes` is
@@ -77,9 +84,31 @@ def _checked(features: torch.Tensor, images: torch.Tensor | None, metadata: dict
 
 
 def _glyphs(config: BankConfig):
-    images = draw_glyphs(config.n_classes, config.n_exemplars, config.seed)
-    features, how = random_features(images, config.dim, reference=draw_glyphs(REFERENCE, 1, config.seed))
-    return features, images, {"embedding": how, "source": f"drawn with seed {config.seed}"}
+    """Drawing takes a second, so the cache keeps what it gives."""
+    def draw(path: Path | None = None) -> dict[str, torch.Tensor]:
+        images = draw_glyphs(config.n_classes, config.n_exemplars, config.seed)
+        features = random_features(images, config.dim, reference=draw_glyphs(REFERENCE, 1, config.seed))
+        if path is not None:
+            save_file({"images": images, "features": features}, path)
+        return {"images": images, "features": features}
+
+    code = b"".join(Path(file).read_bytes() for file in (__file__, glyphs.__file__, embeddings.__file__))
+    key = hashlib.sha256(repr(config).encode() + code).hexdigest()[:32]
+    try:
+        found = load_file(kept(folder() / f"{key}.safetensors", draw))
+    except OSError:  # the cache can't be written
+        found = draw()
+    return found["features"], found["images"], {"embedding": RANDOM, "source": f"drawn with seed {config.seed}"}
+
+
+def folder() -> Path:
+    """Where drawn banks are kept: beside the downloads."""
+    return cache_dir() / "banks"
+
+
+def prune(*, before: float, everything: bool = False) -> list[Path]:
+    """Remove drawn banks that are damaged or were last used `before` (seconds since the epoch); or all. Returns them."""
+    return files.prune(folder(), {}, before=before, everything=everything)
 
 
 def _gaussian(config: BankConfig):

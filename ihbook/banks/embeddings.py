@@ -16,24 +16,25 @@ from ihbook.banks.downloads import TIMEOUT, cache_dir
 from ihbook.banks.glyphs import SIDE
 from ihbook.files import writing
 
+SIGMA, FLOOR = 1.5, 0.003  # pixels of the blur, and the least spread of a pixel
+RANDOM = f"random: {SIDE}x{SIDE}, blurred ({SIGMA} px), standardised per pixel, ReLU of a fixed N(0, 1/784) projection"
 
-def random_features(images: torch.Tensor, dim: int, reference: torch.Tensor) -> tuple[torch.Tensor, str]:
+
+def random_features(images: torch.Tensor, dim: int, reference: torch.Tensor) -> torch.Tensor:
     """ReLU features `[..., dim]` of images `[..., 28, 28]` under a fixed projection, standardised by the `reference` images."""
-    sigma, floor = 1.5, 0.003
     place = torch.arange(SIDE, dtype=torch.float64)
-    kernel = (-((place[:, None] - place) ** 2) / (2 * sigma**2)).exp() / (sigma * (2 * torch.pi) ** 0.5)
+    kernel = (-((place[:, None] - place) ** 2) / (2 * SIGMA**2)).exp() / (SIGMA * (2 * torch.pi) ** 0.5)
 
     def blur(ink: torch.Tensor) -> torch.Tensor:
         return (kernel @ (ink.flatten(0, -3).double() / 255) @ kernel).flatten(1)
 
     base = blur(reference)
-    spread = base.std(0, correction=0) + floor  # keeps pixels that are never inked from blowing up
+    spread = base.std(0, correction=0) + FLOOR  # keeps pixels that are never inked from blowing up
     # Rounded to these grids, every product and sum below is exact, whatever the threads, the batch and the machine.
     pixels = ((blur(images) - base.mean(0)) / spread * 2**12).round() / 2**12
     projection = np.random.default_rng(0).standard_normal((SIDE * SIDE, dim)) / SIDE
     features = (pixels @ torch.from_numpy((projection * 2**16).round() / 2**16)).relu().float()
-    how = f"random: {SIDE}x{SIDE}, blurred ({sigma} px), standardised per pixel, ReLU of a fixed N(0, 1/784) projection"
-    return features.unflatten(0, images.shape[:-2]), how
+    return features.unflatten(0, images.shape[:-2])
 
 
 def resnet18_features(pages: np.ndarray, dim: int) -> tuple[torch.Tensor, str]:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from ihbook.banks.downloads import download
-from ihbook.banks.embeddings import random_features, resnet18_features
+from ihbook.banks.embeddings import RANDOM, random_features, resnet18_features
 from ihbook.banks.glyphs import SIDE
 from ihbook.config import BankConfig
 from ihbook.files import sha256
@@ -49,8 +49,7 @@ def load_omniglot(config: BankConfig):
                 raise
             metadata["why"] += f" and {error}"
             warnings.warn(f"Omniglot gets random features, not ResNet-18's: {error}", stacklevel=4)
-    features, how = random_features(images, config.dim, reference=images)
-    return features, images, {"embedding": how, **metadata}
+    return random_features(images, config.dim, reference=images), images, {"embedding": RANDOM, **metadata}
 
 
 def _omniglot_pages(config: BankConfig) -> tuple[np.ndarray, dict]:

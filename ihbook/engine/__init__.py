@@ -7,4 +7,4 @@ state. `train.py` trains here or in processes (`processes.py`, `progress.py`), `
 results in folders (`folders.py`).
 """
 
-VERSION = 6  # raise it when a code change alters a run's numbers or its digest; results of other versions are not read
+VERSION = 7  # raise it when a code change alters a run's numbers or its digest; results of other versions are not read

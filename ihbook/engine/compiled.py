@@ -19,8 +19,9 @@ from ihbook.clamps.compose import Plan
 from ihbook.engine import step
 from ihbook.engine.captured import capturing
 from ihbook.engine.flat import form_of, names_of, tensors_of
-from ihbook.engine.programs import Busy, compiled
+from ihbook.engine.programs import compiled
 from ihbook.engine.step import Program, train_step
+from ihbook.files import Busy
 from ihbook.task import Batch
 
 BLOCK = {"cpu": 1, "cuda": 512}  # most runs per family: a CPU's caches hold only one run, and more would gain nothing

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ihbook import files
 from ihbook.banks.downloads import cache_dir
 from ihbook.engine import products
 from ihbook.engine.flat import filled
-from ihbook.files import sha256, writing
+from ihbook.files import Busy, kept
 
 OPTIONS: dict[str, object] = {"size_asserts": False, "aot_inductor.custom_ops_to_c_shims": {products.OPERATION: [products.SHIM]}}
 
@@ -31,10 +29,6 @@ OPTIONS: dict[str, object] = {"size_asserts": False, "aot_inductor.custom_ops_to
 def folder() -> Path:
     """Where compiled functions are kept: beside the downloads."""
     return cache_dir() / "programs"
-
-
-class Busy(Exception):
-    """Another process is compiling this function now."""
 
 
 def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor],
@@ -73,38 +67,7 @@ def _loaded(graph: torch.fx.GraphModule, tensors: list[Tensor], wait: bool) -> C
 
 
 def _kept(key: str, build: Callable[[Path], None], wait: bool = True) -> Path:
-    """The compiled library named `key`, built if it is not kept whole. Two processes that need the same one build it once: the
-    other waits, or raises Busy."""
-    path = folder() / f"{key}.so"
-    if not _is_whole(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock"), wait):
-            if not _is_whole(path):  # another process may have built it meanwhile
-                with writing(path) as partial:
-                    build(partial)
-                with writing(path.with_suffix(".json")) as partial:  # the checksum is written last
-                    partial.write_text(json.dumps({"sha256": sha256(path), "torch": torch.__version__}))
-    with suppress(OSError):
-        os.utime(path.with_suffix(".json"))  # used: `prune` removes what has not been for long
-    return path
-
-
-@contextmanager
-def _locked(path: Path, wait: bool) -> Iterator[None]:
-    try:
-        lock = FileLock(path).acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        raise Busy from None
-    with lock:
-        yield
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a function is kept there, as it was written: what is damaged is never run."""
-    try:
-        return json.loads(path.with_suffix(".json").read_text())["sha256"] == sha256(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return kept(folder() / f"{key}.so", build, {"torch": torch.__version__}, wait=wait)
 
 
 def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor], path: Path) -> None:
@@ -118,15 +81,7 @@ def _compile(graph: torch.fx.GraphModule, tensors: list[Tensor], path: Path) -> 
 
 def prune(*, before: float, everything: bool = False) -> list[Path]:
     """Remove what is damaged, made by another PyTorch, or last used `before` (seconds since the epoch); or all. Returns it."""
-    gone = []
-    for path in [path for path in folder().glob("*.so") if re.fullmatch(r"[0-9a-f]{32}", path.stem)]:
-        record = path.with_suffix(".json")
-        if (everything or not _is_whole(path) or json.loads(record.read_text()).get("torch") != torch.__version__
-                or record.stat().st_mtime < before):
-            gone.append(path)
-            for each in (path, record, path.with_suffix(".lock")):
-                each.unlink(missing_ok=True)
-    return gone
+    return files.prune(folder(), {"torch": torch.__version__}, before=before, everything=everything)
 
 
 def _key_of(graph: torch.fx.GraphModule, tensors: list[Tensor]) -> str:

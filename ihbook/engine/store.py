@@ -20,7 +20,7 @@ import platformdirs
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from ihbook import engine
+from ihbook import banks, engine
 from ihbook.checks import at_least
 from ihbook.config import RunConfig
 from ihbook.digest import digest
@@ -222,7 +222,7 @@ class Store:
         for folder in gone:
             shutil.rmtree(folder)
         shutil.rmtree(self.root / "locks", ignore_errors=True)
-        return gone + programs.prune(before=old, everything=everything)
+        return gone + programs.prune(before=old, everything=everything) + banks.prune(before=old, everything=everything)
 
 
 def fetch(runs: Sequence[RunConfig], *, bank: Bank | None = None, device: str | torch.device = "cpu", progress: bool = True,

@@ -355,6 +355,17 @@ def test_what_is_compiled_is_compiled_once(small_bank, processes, tmp_path):
     assert left[0].compile_with == together[0] and planning.plan_blocks(prepare(asked[:1], small_bank), tmp_path)[0].compile_with == ()
 
 
+def test_calls_with_and_without_heads_off_share_a_program(small_bank, tmp_path):
+    """That costs no time, and it is what most chapters ask for, one after the other."""
+    def form(clamp_lists, which):
+        blocks = planning.plan_blocks(prepare([replace(RUN, clamps=each) for each in clamp_lists], small_bank), tmp_path, compile=True)
+        [block] = [block for block in blocks if block.places == [which]]
+        return flat.form_of(family.Schedule(block.family, "cpu", step.PLAIN, block.compile_with).plan(states.FamilyState(0, [0], {}, {})))
+
+    off = (clamps.Ablate((1, 1)),)
+    assert form([()], 0) == form([off], 0) == form([off, ()], 1) == form([(), off], 1) != form([(), (clamps.Ablate((0, 0)),)], 0)
+
+
 def test_processes_have_equal_shares_and_each_compiles_a_program_once(small_bank, monkeypatch):
     def made(*steps_and_programs):
         return [planning.Block(prepare([replace(RUN, n_sequences=32 * n, lr=lr)], small_bank), [i], True)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from ihbook.clamps import Clamp
+from ihbook.clamps import Ablate, Clamp
 from ihbook.engine.compiled import BLOCK, COMPILE_FROM, PLAIN_BLOCK
-from ihbook.engine.prepared import Prepared, family_digest
+from ihbook.engine.prepared import Prepared, clamp_signature, family_digest, shape_of
 from ihbook.files import writing
 
-COMPILING = 40_000  # run-steps that a core trains in the time that it takes to compile a program
+COMPILING = 60_000  # run-steps that a core trains in the time that it takes to compile a program
 SHARE_FROM = 6_000  # total run-steps from which processes pay: each takes some seconds to start
 
 
@@ -54,13 +54,18 @@ def plan_blocks(wanted: Sequence[Prepared], directory: Path, device: str | torch
 
     A new family has runs with one `family_key` and similar lengths, the longest first. It is compiled where that pays, or as
     `compile` says. On a CPU, families are small, and long work is split so that every core gets a block. There, one compiled
-    program serves all clamps that runs with one `family_key` have among `asked` (default: `wanted`); runs that need an extra
-    pass share it only with runs of the same `extra_pass_key`. New blocks with the same `program_key` are neighbours.
+    program serves all clamps that runs with one `family_key` have among `asked` (default: `wanted`), and heads of the last layer
+    that are off; runs that need an extra pass share it only with runs of the same `extra_pass_key`. New blocks with the same
+    `program_key` are neighbours.
     """
     kind = torch.device(device).type
     signatures: dict[tuple, dict[frozenset, tuple]] = defaultdict(dict)
     for prepared in asked or wanted:
-        signatures[prepared.family_key, prepared.extra_pass_key] |= prepared.clamp_signatures
+        served = signatures[prepared.family_key, prepared.extra_pass_key]
+        served |= prepared.clamp_signatures
+        if not prepared.extra_pass_key:  # heads of the last layer off cost nothing, so that most calls share one program
+            off = (Ablate((prepared.run.model.n_layers - 1, 0)),)
+            served.setdefault(clamp_signature(off, shape_of(prepared.run)), off)
     waiting = dict(enumerate(wanted))
     stopped = list(_stopped(waiting, directory, compile))
     work: dict[tuple, int] = defaultdict(int)

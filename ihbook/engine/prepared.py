@@ -71,9 +71,9 @@ class Prepared:
                              f"{run.task.n_labels}; give weights that match, or none")
         if any(tensor.dtype != torch.float32 for tensor in weights.tensors.values()):
             raise ValueError("the initial weights are not float32, as runs are; give Weights of tensors made so by .float()")
-        compose.check(run.clamps, _shape(run), weights)
-        if run.model.positions == "learned" and _shape(run).n_positions > run.model.max_positions:
-            raise ValueError(f"n_pairs={run.task.n_pairs} makes {_shape(run).n_positions} positions, but max_positions="
+        compose.check(run.clamps, shape_of(run), weights)
+        if run.model.positions == "learned" and shape_of(run).n_positions > run.model.max_positions:
+            raise ValueError(f"n_pairs={run.task.n_pairs} makes {shape_of(run).n_positions} positions, but max_positions="
                              f"{run.model.max_positions}; raise it")
         names = [*METRICS, "strength", "previous_token", *(metric.name for metric in run.metrics)]
         if len(set(names)) < len(names):
@@ -94,7 +94,7 @@ class Prepared:
     def clamp_signatures(self) -> dict[frozenset, tuple[Clamp, ...]]:
         """The lists of clamps that hold at some time, keyed by what a program is compiled for (`clamp_signature`)."""
         held = [compose.active(self.run.clamps, at) for at in [0, *compose.edges(self.run.clamps)]]
-        return {clamp_signature(clamps, _shape(self.run)): clamps for clamps in held}
+        return {clamp_signature(clamps, shape_of(self.run)): clamps for clamps in held}
 
     @property
     def extra_pass_key(self) -> frozenset:
@@ -113,7 +113,8 @@ class Prepared:
         return self.run.bank.name in ("glyphs", "gaussian", "onehot") and self.bank is load_bank(self.run.bank)
 
 
-def _shape(run: RunConfig) -> Shape:
+def shape_of(run: RunConfig) -> Shape:
+    """The sizes that a run's clamps need."""
     return Shape(run.model.n_layers, run.model.n_heads, run.task.n_pairs)
 
 

@@ -49,8 +49,8 @@ def _clamped() -> dict[str, tuple]:
 
 ROWS = {
     "1 run": Row(RUN, 1, 15_000), "2 runs": Row(RUN, 2, 15_000, 4000),
-    "8 runs": Row(RUN, steps=7500), "32 runs": Row(RUN, 32, 3000),
-    "8 runs, no evaluation": Row(replace(RUN, eval_every=0), steps=7500),
+    "8 runs": Row(RUN), "32 runs": Row(RUN, 32, 2000, 500),
+    "8 runs, no evaluation": Row(replace(RUN, eval_every=0)),
     "8 runs, heads every 1,000": Row(replace(RUN, heads_every=1000), steps=5000),
     **{f"8 runs, {n} classes": Row(replace(RUN, task=TaskConfig(n_classes=n))) for n in (100, 200)},
     **{f"8 runs, {name}": Row(replace(RUN, clamps=chosen)) for name, chosen in _clamped().items()},

@@ -68,25 +68,28 @@ def plan_blocks(wanted: Sequence[Prepared], directory: Path, device: str | torch
             served.setdefault(clamp_signature(off, shape_of(prepared.run)), off)
     waiting = dict(enumerate(wanted))
     stopped = list(_stopped(waiting, directory, compile))
-    work: dict[tuple, int] = defaultdict(int)
+    def program_of(prepared: Prepared) -> tuple:
+        return prepared.family_key, *(prepared.compile_key if kind == "cpu" else (prepared.extra_pass_key,))
+
+    work: dict[tuple, int] = defaultdict(int)  # run-steps, by program
     for prepared in waiting.values():
-        work[prepared.family_key] += prepared.run.n_steps
-    compiled = {key: n >= COMPILE_FROM[kind] if compile is None else compile for key, n in work.items()}
+        work[program_of(prepared)] += prepared.run.n_steps
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, prepared in waiting.items():
-        apart = (prepared.compile_key if kind == "cpu" else (prepared.extra_pass_key,)) if compiled[prepared.family_key] else ()
-        groups[prepared.family_key, *apart].append(i)
-    most = {key: PLAIN_BLOCK if kind == "cpu" and not compiled[key] else BLOCK[kind] for key in work}
-    n_blocks = len(stopped) + sum(-(-len(members) // most[key]) for (key, *_), members in groups.items())
+        pays = work[program_of(prepared)] >= COMPILE_FROM[kind] if compile is None else compile
+        groups[(pays, *program_of(prepared)) if pays else (pays, prepared.family_key)].append(i)
+    most = {key: PLAIN_BLOCK if kind == "cpu" and not key[0] else BLOCK[kind] for key in groups}
+    n_blocks = len(stopped) + sum(-(-len(members) // most[key]) for key, members in groups.items())
     planned = []
-    for (key, *_), members in groups.items():
+    for key, members in groups.items():
         members.sort(key=lambda i: -wanted[i].run.n_steps)
         n = -(-len(members) // most[key])
-        if kind == "cpu" and work[key] >= SHARE_FROM and (n_blocks < n_cores() or not compiled[key]):
+        enough = sum(wanted[i].run.n_steps for i in members) >= SHARE_FROM
+        if kind == "cpu" and enough and (n_blocks < n_cores() or not key[0]):
             cores = min(len(members), n_cores())  # every core gets an equal share
             n = -(-n // cores) * cores
         even = -(-len(members) // n)
-        planned += [(members[start:start + even], compiled[key]) for start in range(0, len(members), even)]
+        planned += [(members[start:start + even], key[0]) for start in range(0, len(members), even)]
     blocks = [Block([wanted[i] for i in places], places, compile) for places, compile in [*stopped, *planned]]
     if kind != "cpu":
         return blocks

@@ -26,7 +26,7 @@ from ihbook.task import Batch
 
 BLOCK = {"cpu": 1, "cuda": 512}  # most runs per family: a CPU's caches hold only one run, and more would gain nothing
 PLAIN_BLOCK = 8  # most runs per family on a CPU without compiling: they share the cost of calling each operation
-COMPILE_FROM = {"cpu": 31_000, "cuda": 100}  # run-steps: a CPU compiles for half a minute, then saves 1 ms per run-step
+COMPILE_FROM = {"cpu": 12_000, "cuda": 100}  # run-steps: a CPU compiles once for 25 s, then saves 1 ms of each run-step
 
 
 def program_for(compile: bool, device: str | torch.device) -> Program:

@@ -24,7 +24,7 @@ DEFAULT = ("1 run", "8 runs", "8 runs, no evaluation", "8 runs, Copy", "8 runs, 
 def checkout(commit: str, folder: Path) -> Path:
     """The files of a commit, in a folder of their own."""
     folder.mkdir()
-    archive = subprocess.run(["git", "-C", HERE, "archive", commit], check=True, capture_output=True).stdout
+    archive = subprocess.run(["git", "-C", HERE.parent, "archive", commit], check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
     return folder
 

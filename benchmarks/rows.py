@@ -5,9 +5,14 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 
-from ihbook import BankConfig, ModelConfig, RunConfig, TaskConfig, seeds, train
 from ihbook import clamps as c
+from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.model import initial_weights
+
+try:
+    from ihbook import seeds, train
+except ImportError:  # before November 2026
+    from ihbook.train import seeds, train
 
 RUN = RunConfig(bank=BankConfig(n_classes=300))
 

@@ -8,9 +8,12 @@ import warnings
 
 import pytest
 import torch
+from filelock import FileLock
 
 from ihbook import Store, files
+from ihbook.clamps.compose import Plan
 from ihbook.engine import compiled, programs
+from ihbook.task import Batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("programs"),
               pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")]
@@ -138,3 +141,18 @@ def test_they_are_pruned_with_the_store(cache, tmp_path):
     use()  # what is used is not old
     assert store.prune(days=1) == []
     assert store.prune(everything=True) == [path] and [each.name for each in cache.iterdir()] == ["notes.so"]
+
+
+def test_who_prepares_does_not_wait_for_a_process_that_compiles(cache):
+    """So two processes that need a step and an evaluation compile one each, side by side."""
+    batch, plan = Batch(torch.zeros(1, 5, 4), *torch.zeros(2, 1, 4, 3, dtype=torch.long)), Plan()
+    count = compiled.Compiling(lambda batch, plan: {"n": batch.labels.sum()})
+    count(batch, plan)
+    [path] = cache.glob("*.so")
+    path.unlink()
+    count = compiled.Compiling(count.plain)
+    with FileLock(path.with_suffix(".lock")):  # as the other process holds it
+        count.prepare(batch, plan)
+        assert not path.exists()
+    count.prepare(batch, plan)
+    assert path.exists() and count(batch, plan)["n"] == 0

@@ -17,7 +17,7 @@ constexpr int LANES = 8, ROWS = 4, VECTORS = 3;  // of 16 registers, 12 hold sum
 #else
 constexpr int LANES = 4, ROWS = 8, VECTORS = 2;
 #endif
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 struct Matrix {
   float* at;

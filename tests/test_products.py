@@ -56,8 +56,25 @@ def test_only_float32_products_are_replaced():
         return a @ b, torch.bmm(a[None], b[None]), c @ c.T, a * 2
 
     a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(2, 2, dtype=torch.float64)
-    graph = products.with_own_products(make_fx(several, tracing_mode="fake", _allow_non_fake_inputs=True)(a, b, c))
+    graph = make_fx(several, tracing_mode="fake", _allow_non_fake_inputs=True)(a, b, c)
+    products.replace_products(graph)
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(products.OPERATION) == 2 and targets.count(torch.ops.aten.mm.default) == 1
     for found, expected in zip(graph(a, b, c), several(a, b, c), strict=True):  # in Python, it is the product that it says it is
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("programs")
+@pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
+def test_where_the_kernel_cannot_be_built_programs_multiply_by_pytorchs_library(tmp_path, monkeypatch):
+    def refuse(path):
+        raise RuntimeError("no such option\nmore")
+
+    monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(products, "build", refuse)
+    flat = [torch.randn(3, 4), torch.randn(4, 5)]
+    with pytest.warns(UserWarning, match="PyTorch's library, which may take twice as long: no such option$"):
+        found = programs.compiled(multiply, tuple(flat), flat)(*flat)
+    torch.testing.assert_close(found["0"], flat[0] @ flat[1])
+    assert len(list(programs.folder().glob("*.so"))) == 1

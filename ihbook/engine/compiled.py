@@ -36,8 +36,8 @@ def program_for(compile: bool, device: str | torch.device) -> Program:
     if torch.device(device).type == "cuda":
         return Program(capturing(train_step), metrics.summed)
     if not has_compiler():
-        warnings.warn("there is no C++ compiler, so training is not compiled, and takes two to four times as long; install g++ "
-                      "or clang to change that", stacklevel=2)
+        warnings.warn("there is no C++ compiler, so training is not compiled, and takes four to eight times as long; install "
+                      "g++ or clang to change that", stacklevel=2)
         return step.PLAIN
     return _compiled_program()
 

@@ -1,6 +1,5 @@
-// Products of the small matrices of a training step. They fit a core's first caches, so that no blocking is needed beyond a tile that
-// stays in registers; a library made for large ones takes up to twice as long here, more than half of it where the
-// processor is not its maker's.
+// Products of the small matrices of a training step. They fit a core's first caches, so that a tile that stays in registers is all the
+// blocking that they need.
 
 #include <algorithm>
 #include <cstdint>

@@ -1,6 +1,7 @@
 """The matrix products of compiled programs, by a kernel of our own (`products.cpp`), compiled once on a machine like the programs.
 
-A training step makes some twenty small products. PyTorch's library, MKL, is made for large ones, and for its maker's processors.
+A training step makes some twenty small products. PyTorch's library, MKL, is made for large ones, and for its maker's processors: on
+another it takes twice as long.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 OPERATION = torch.ops.ihbook.matrix_product.default
 
 
-def with_own_products(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The graph, changed in place: its float32 products on a CPU are `matrix_product`s."""
-    for node in graph.graph.nodes:
-        if node.target in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
-            like = node.meta["val"]
-            if like.dtype == torch.float32 and like.device.type == "cpu":
-                node.target = OPERATION
+def products_of(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
+    """The graph's float32 matrix products on a CPU."""
+    return [node for node in graph.graph.nodes if node.target in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+            and (node.meta["val"].dtype, node.meta["val"].device.type) == (torch.float32, "cpu")]
+
+
+def replace_products(graph: torch.fx.GraphModule) -> None:
+    """Make the graph's products `matrix_product`s, in place."""
+    for node in products_of(graph):
+        node.target = OPERATION
     graph.recompile()
-    return graph
 
 
 def build(path: Path) -> None:

@@ -46,12 +46,11 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor],
 
     try:
         graph = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
-        run = _loaded(products.with_own_products(graph), tensors, wait)
+        run = _loaded(graph, tensors, wait)
     except Busy:
         raise
     except Exception as error:  # whatever it is, the plain step raises it again, or does without
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(f"training is not compiled, and takes two to four times as long: {reason}", stacklevel=2)
+        warnings.warn(f"training is not compiled, and takes four to eight times as long: {_first_line(error)}", stacklevel=2)
         return None
     if names is None:
         return lambda *values: run(values)[0]
@@ -59,11 +58,21 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor],
 
 
 def _loaded(graph: torch.fx.GraphModule, tensors: list[Tensor], wait: bool) -> Callable[..., list[Tensor]]:
-    """The graph as a function of a list of tensors."""
-    if any(node.target is products.OPERATION for node in graph.graph.nodes):
-        products.load(_kept(_key(products.SOURCE.read_bytes()), products.build))
+    """The graph as a function of a list of tensors, with products of our own where they can be built."""
+    if products.products_of(graph):
+        try:
+            products.load(_kept(_key(products.SOURCE.read_bytes()), products.build))
+        except Exception as error:  # an unusual compiler, for example; PyTorch's products serve
+            warnings.warn(f"compiled programs multiply by PyTorch's library, which may take twice as long: {_first_line(error)}",
+                          stacklevel=3)
+        else:
+            products.replace_products(graph)
     path = _kept(_key_of(graph, tensors), lambda path: _compile(graph, tensors, path), wait)
     return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _kept(key: str, build: Callable[[Path], None], wait: bool = True) -> Path:

@@ -255,7 +255,7 @@ def test_train_with_a_client_needs_no_store(tmp_path, cluster):
 @pytest.mark.xdist_group("cluster")
 @pytest.mark.slow
 def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
-    """A family would train for hours; its worker is free again within seconds of the end of the call."""
+    """A family would train for hours; its worker is free again within seconds of the end of the call, or once it has compiled."""
     runs = [replace(RUN, n_sequences=10**9, lr=1e-3), RUN]  # two families, one per worker
     with spread.connect(cluster[0]) as client:
         asked = spread.train_on_workers(client, prepare(runs), progress=False)
@@ -263,7 +263,7 @@ def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
         asked.close()
         started = time.monotonic()
         while any(threads_that_train(client).values()):
-            assert time.monotonic() - started < 30
+            assert time.monotonic() - started < 60
             time.sleep(0.5)
 
 

@@ -67,15 +67,18 @@ def train_family(family: Sequence[Prepared], folder: Path, device: str | torch.d
     schedule = Schedule(family, device, program, compile_with)
     saved_at = time.monotonic()
     with _alone_on(device):
-        if state.steps_done < max(n_steps):  # before the first evaluation, so that two processes compile a program each
+        if state.steps_done < max(n_steps) and not stopped():  # first, so that two processes compile a program each
             batch, scalars = schedule.batch(state)
             program.prepare(state.params, state.moments, batch, schedule.plan(state), first.model, scalars)
         while state.alive:
             leaving = [r for r in state.alive if n_steps[r] == state.steps_done]
+            if not leaving and stopped():  # before an evaluation, which may have to be compiled
+                save_state(folder, state)
+                break
             _record(state, schedule, leaving, folder)
             if leaving:
                 leave(state, leaving)
-            if not state.alive or stopped():
+            if not state.alive:
                 save_state(folder, state)
                 break
             if time.monotonic() - saved_at > SAVE_SECONDS:

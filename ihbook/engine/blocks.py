@@ -78,18 +78,18 @@ def plan_blocks(wanted: Sequence[Prepared], directory: Path, device: str | torch
     for i, prepared in waiting.items():
         pays = work[program_of(prepared)] >= COMPILE_FROM[kind] if compile is None else compile
         groups[(pays, *program_of(prepared)) if pays else (pays, prepared.family_key)].append(i)
-    most = {key: PLAIN_BLOCK if kind == "cpu" and not key[0] else BLOCK[kind] for key in groups}
-    n_blocks = len(stopped) + sum(-(-len(members) // most[key]) for key, members in groups.items())
+    most = {True: BLOCK[kind], False: PLAIN_BLOCK if kind == "cpu" else BLOCK[kind]}  # runs per block, by whether it is compiled
+    n_blocks = len(stopped) + sum(-(-len(members) // most[pays]) for (pays, *_), members in groups.items())
     planned = []
-    for key, members in groups.items():
+    for (pays, *_), members in groups.items():
         members.sort(key=lambda i: -wanted[i].run.n_steps)
-        n = -(-len(members) // most[key])
+        n = -(-len(members) // most[pays])
         enough = sum(wanted[i].run.n_steps for i in members) >= SHARE_FROM
-        if kind == "cpu" and enough and (n_blocks < n_cores() or not key[0]):
+        if kind == "cpu" and enough and (n_blocks < n_cores() or not pays):
             cores = min(len(members), n_cores())  # every core gets an equal share
             n = -(-n // cores) * cores
         even = -(-len(members) // n)
-        planned += [(members[start:start + even], key[0]) for start in range(0, len(members), even)]
+        planned += [(members[start:start + even], pays) for start in range(0, len(members), even)]
     blocks = [Block([wanted[i] for i in places], places, compile) for places, compile in [*stopped, *planned]]
     if kind != "cpu":
         return blocks

@@ -11,7 +11,7 @@ from ihbook.model import initial_weights
 
 try:
     from ihbook import seeds, train
-except ImportError:  # before November 2026
+except ImportError:  # an older commit, where they stand in a module
     from ihbook.train import seeds, train
 
 RUN = RunConfig(bank=BankConfig(n_classes=300))

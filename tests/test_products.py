@@ -57,7 +57,7 @@ def test_only_float32_products_are_replaced():
 
     a, b, c = torch.randn(3, 4), torch.randn(4, 5), torch.randn(2, 2, dtype=torch.float64)
     graph = make_fx(several, tracing_mode="fake", _allow_non_fake_inputs=True)(a, b, c)
-    products.replace_products(graph)
+    products.replace(graph, products.products_of(graph))
     targets = [node.target for node in graph.graph.nodes]
     assert targets.count(products.OPERATION) == 2 and targets.count(torch.ops.aten.mm.default) == 1
     for found, expected in zip(graph(a, b, c), several(a, b, c), strict=True):  # in Python, it is the product that it says it is

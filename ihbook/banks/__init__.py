@@ -85,19 +85,17 @@ def _checked(features: torch.Tensor, images: torch.Tensor | None, metadata: dict
 
 def _glyphs(config: BankConfig):
     """Drawing takes a second, so the cache keeps what it gives."""
-    def draw(path: Path | None = None) -> dict[str, torch.Tensor]:
+    def drawn() -> dict[str, torch.Tensor]:
         images = draw_glyphs(config.n_classes, config.n_exemplars, config.seed)
         features = random_features(images, config.dim, reference=draw_glyphs(REFERENCE, 1, config.seed))
-        if path is not None:
-            save_file({"images": images, "features": features}, path)
         return {"images": images, "features": features}
 
     code = b"".join(Path(file).read_bytes() for file in (__file__, glyphs.__file__, embeddings.__file__))
     key = hashlib.sha256(repr(config).encode() + code).hexdigest()[:32]
     try:
-        found = load_file(kept(folder() / f"{key}.safetensors", draw))
+        found = load_file(kept(folder() / f"{key}.safetensors", lambda path: save_file(drawn(), path)))
     except OSError:  # the cache can't be written
-        found = draw()
+        found = drawn()
     return found["features"], found["images"], {"embedding": RANDOM, "source": f"drawn with seed {config.seed}"}
 
 

@@ -39,9 +39,9 @@ def products_of(graph: torch.fx.GraphModule) -> list[torch.fx.Node]:
             and (node.meta["val"].dtype, node.meta["val"].device.type) == (torch.float32, "cpu")]
 
 
-def replace_products(graph: torch.fx.GraphModule) -> None:
-    """Make the graph's products `matrix_product`s, in place."""
-    for node in products_of(graph):
+def replace(graph: torch.fx.GraphModule, nodes: list[torch.fx.Node]) -> None:
+    """Make these products of a graph `matrix_product`s, in place."""
+    for node in nodes:
         node.target = OPERATION
     graph.recompile()
 

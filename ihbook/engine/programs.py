@@ -59,14 +59,14 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor],
 
 def _loaded(graph: torch.fx.GraphModule, tensors: list[Tensor], wait: bool) -> Callable[..., list[Tensor]]:
     """The graph as a function of a list of tensors, with products of our own where they can be built."""
-    if products.products_of(graph):
+    if nodes := products.products_of(graph):
         try:
             products.load(_kept(_key(products.SOURCE.read_bytes()), products.build))
         except Exception as error:  # an unusual compiler, for example; PyTorch's products serve
             warnings.warn(f"compiled programs multiply by PyTorch's library, which may take twice as long: {_first_line(error)}",
                           stacklevel=3)
         else:
-            products.replace_products(graph)
+            products.replace(graph, nodes)
     path = _kept(_key_of(graph, tensors), lambda path: _compile(graph, tensors, path), wait)
     return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
 

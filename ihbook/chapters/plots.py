@@ -222,6 +222,7 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
     _millions(axes, last)
     if x:
         axes.set_xlabel(x)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     names = sorted(height, key=lambda name: -height[name][1])  # from the highest curve to the lowest
     lines = [height[name][0] for name in names]

@@ -124,10 +124,11 @@ class Settings:
     def run(self, length: float = PUBLISHED, *, clamps: Sequence[Any] = (), n_classes: int | None = None,
             n_labels: int | None = None, eval_every: float = 5000, heads_every: float = 0,
             checkpoint_every: float = 0, nth: int = 0) -> RunConfig:
-        """A run of the `nth` seed, counted from 0, with a data stream of its own; lengths and distances are the paper's."""
+        """A run of the `nth` seed, counted from 0; lengths and distances are the paper's. The seed gives the weights and the order
+        of the data, so that it names one network, however many others are asked for."""
         return RunConfig(
             bank=BankConfig(name=self.bank, path=self.bank_path, dim=self.dim), clamps=tuple(clamps), init_seed=self.seed + nth,
-            data_seed=nth, lr=self.scale.lr, model=self.model,
+            data_seed=self.seed + nth, lr=self.scale.lr, model=self.model,
             task=replace(self.task, n_classes=n_classes or self.n_classes, n_labels=n_labels or self.n_labels),
             n_sequences=self.length(length), eval_size=self.scale.eval_size, eval_every=self.every(eval_every),
             heads_every=self.every(heads_every), checkpoint_every=self.every(checkpoint_every))

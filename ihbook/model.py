@@ -10,7 +10,6 @@ post-softmax. `qk_input` exists only where a clamp sets it; `resid_mid` and `mlp
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ihbook.config import ModelConfig
-from ihbook.digest import encode
+from ihbook.digest import content_digest, encode
 from ihbook.task import Batch, seeded
 
 FEW = 256  # a bank of at most this many exemplars is embedded once, not at every token
@@ -342,10 +341,7 @@ class Weights:
     @cached_property
     def content_digest(self) -> str:
         """The sha256 of the architecture and of the tensors' names, shapes, dtypes and bytes, in hex."""
-        digest = hashlib.sha256(json.dumps(encode(self.config), sort_keys=True).encode())
-        for name, tensor in self.tensors.items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.numpy().tobytes())
-        return digest.hexdigest()
+        return content_digest(self.tensors, json.dumps(encode(self.config), sort_keys=True))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Weights) and self.content_digest == other.content_digest

@@ -10,10 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -114,10 +117,15 @@ class Stop(Exception):
     pass
 
 
-@contextmanager
-def stop_soon():
-    calls = iter(range(1000))
-    yield lambda: next(calls) > 5
+def stop_after(n):
+    """In place of `training.stop_signals`: stops when it is asked for the `n`th time after the first."""
+    calls = iter(range(10_000))
+
+    @contextmanager
+    def signals():
+        yield lambda: next(calls) >= n
+
+    return signals
 
 
 @pytest.mark.parametrize("at", [1, 32, 37, 60])
@@ -143,7 +151,7 @@ def test_resumed_training_is_bit_for_bit_the_same(small_bank, tmp_path, monkeypa
 @pytest.mark.parametrize("damage", [lambda b: b[:1000], lambda b: b"", lambda b: b[:-1], lambda b: b"x" * len(b)])
 def test_a_damaged_state_is_reported_and_trained_again(small_bank, tmp_path, monkeypatch, damage):
     whole = train([RUN], small_bank)
-    monkeypatch.setattr(training, "stop_signals", stop_soon)
+    monkeypatch.setattr(training, "stop_signals", stop_after(6))
     with pytest.raises(KeyboardInterrupt):
         train([RUN], small_bank, directory=tmp_path)
     monkeypatch.undo()
@@ -153,6 +161,50 @@ def test_a_damaged_state_is_reported_and_trained_again(small_bank, tmp_path, mon
         again = train([RUN], small_bank, directory=tmp_path)
     same(whole[0], again[0])
     assert not list(tmp_path.iterdir())  # nothing is left of a finished family
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_file_of_an_interrupted_family_changes_nothing(small_bank, tmp_path, monkeypatch):
+    """A resumed call finds the damage, in the state and in every checkpoint, and ends with the same result bit for bit."""
+    runs = [RUN, replace(RUN, init_seed=6, n_sequences=1600)]  # the shorter one has left
+    whole, kept = train(runs, small_bank), tmp_path / "kept"
+    monkeypatch.setattr(training, "stop_signals", stop_after(70))
+    with pytest.raises(KeyboardInterrupt):
+        train(runs, small_bank, directory=kept)
+    monkeypatch.undo()
+    files = sorted(path.relative_to(kept) for path in kept.rglob("*") if path.is_file())
+    assert {path.name for path in files} >= {"family.json", "state.safetensors", "800.safetensors", "final.safetensors"}
+    rng, found = np.random.default_rng(0), Counter()
+    for name in files:
+        size = (kept / name).stat().st_size
+        for at in [rng.integers(8), rng.integers(8, min(400, size)), *rng.integers(size, size=3)]:  # length, header, anywhere
+            folder = tmp_path / f"{name.stem}-{at}"
+            shutil.copytree(kept, folder, dirs_exist_ok=True)
+            content = bytearray((folder / name).read_bytes())
+            content[at] ^= 1 << rng.integers(8)
+            (folder / name).write_bytes(content)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                again = train(runs, small_bank, directory=folder)
+            for a, b in zip(whole, again, strict=True):
+                same(a, b)
+            found[name.suffix] += any("is damaged" in str(each.message) for each in caught)
+    assert found[".safetensors"] >= 0.9 * 5 * sum(name.suffix == ".safetensors" for name in files)  # else in a name of no meaning
+
+
+def test_a_checkpoint_that_is_gone_or_of_another_run_is_not_taken(small_bank, tmp_path, monkeypatch):
+    whole = train([RUN], small_bank)
+    for change in (lambda path: path.unlink(),
+                   lambda path: path.write_bytes((path.parent / "0.safetensors").read_bytes())):
+        monkeypatch.setattr(training, "stop_signals", stop_after(60))
+        with pytest.raises(KeyboardInterrupt):
+            train([RUN], small_bank, directory=tmp_path)
+        monkeypatch.undo()
+        [path] = tmp_path.glob("*/run-0/800.safetensors")
+        change(path)
+        with pytest.warns(UserWarning, match="is damaged.*800"):
+            again = train([RUN], small_bank, directory=tmp_path)
+        same(whole[0], again[0])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -687,7 +739,7 @@ def test_compiled_training_is_resumed_bit_for_bit_too(small_bank, tmp_path, monk
     runs = training.seeds(replace(RUN, n_sequences=1600), 2)
     whole = train(runs, small_bank, compile=True)
     plain = train(runs, small_bank, compile=False)
-    monkeypatch.setattr(training, "stop_signals", stop_soon)
+    monkeypatch.setattr(training, "stop_signals", stop_after(6))
     with pytest.raises(KeyboardInterrupt):
         train(runs, small_bank, compile=True, directory=tmp_path)
     monkeypatch.undo()

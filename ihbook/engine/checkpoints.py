@@ -16,13 +16,14 @@ from ihbook.model import Weights
 
 
 def save_weights(weights: Weights, path: str | Path) -> None:
-    """Write a safetensors file, whole or not at all; its metadata holds the architecture. Raises OSError where that fails."""
+    """Write a safetensors file, whole or not at all. Its metadata hold the architecture and a checksum. Raises OSError."""
     with writing(Path(path)) as partial:
-        save_file(dict(weights.tensors), partial, metadata={"config": json.dumps(asdict(weights.config))})
+        save_file(dict(weights.tensors), partial, metadata={"config": json.dumps(asdict(weights.config)),
+                                                            "digest": weights.content_digest})
 
 
 def load_weights(path: str | Path, config: ModelConfig | None = None) -> Weights:
-    """Read a safetensors file. `config` is needed only for files that `save_weights` did not write.
+    """Read a safetensors file, and verify it if `save_weights` wrote it; `config` is needed only for others.
 
     Raises FileNotFoundError, or ValueError for a damaged file, one without an architecture, or one that does not fit `config`.
     """
@@ -33,14 +34,17 @@ def load_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
             metadata = file.metadata() or {}
             # Clones: a tensor that is mapped from a file changes with the file.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
-    except SafetensorError as error:
+        stored = ModelConfig(**json.loads(metadata["config"])) if "config" in metadata else config
+    except (SafetensorError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); delete it and train or copy it again") from error
-    stored = ModelConfig(**json.loads(metadata["config"])) if "config" in metadata else config
     if stored is None:
         raise ValueError(f"{path} does not say its architecture; pass config=ModelConfig(...)")
     if config is not None and config != stored:
         raise ValueError(f"{path} holds a network of {stored}, not of {config}; leave config out")
-    return Weights(stored, tensors)
+    weights = Weights(stored, tensors)
+    if "digest" in metadata and metadata["digest"] != weights.content_digest:
+        raise ValueError(f"{path} is not what was written: its checksum differs; delete it and train or copy it again")
+    return weights
 
 
 class Checkpoints(Mapping[int, Weights]):

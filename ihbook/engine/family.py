@@ -175,7 +175,9 @@ def _record(state: FamilyState, schedule: Schedule, leaving: list[int], folder: 
             checkpoints.append(str(seen))
         for name in checkpoints:
             weights = Weights(model, {key: p[i] for key, p in state.params.items()})
-            save_weights(weights, folder / f"run-{r}" / f"{name}.safetensors")
+            place = f"run-{r}/{name}.safetensors"
+            save_weights(weights, folder / place)
+            state.checkpoints[place] = weights.content_digest
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ihbook.digest import content_digest
+from ihbook.engine.checkpoints import load_weights
 from ihbook.engine.prepared import Prepared
 from ihbook.engine.step import Moments
 from ihbook.files import writing
@@ -30,6 +32,7 @@ class FamilyState:
     moments: Moments
     metrics: list[Tensor] = field(default_factory=list)  # float64 [row, 5]: run, sequences, eval_set, metric, value
     heads: list[Tensor] = field(default_factory=list)  # float64 [row, 6]: run, sequences, layer, head, strength, previous_token
+    checkpoints: dict[str, str] = field(default_factory=dict)  # each file so far, relative to the folder, and its content digest
 
 
 def save_state(folder: Path, state: FamilyState) -> None:
@@ -41,30 +44,44 @@ def save_state(folder: Path, state: FamilyState) -> None:
         if rows := getattr(state, table):
             tensors[f"tables/{table}"] = torch.cat(rows)
     tensors = {key: t.contiguous().cpu() for key, t in tensors.items()} or {"none": torch.zeros(1)}
+    about = json.dumps({"step": state.steps_done, "alive": state.alive, "checkpoints": state.checkpoints})
     with writing(folder / "state.safetensors") as partial:
-        save_file(tensors, partial, metadata={"step": str(state.steps_done), "alive": json.dumps(state.alive)})
+        save_file(tensors, partial, metadata={"about": about, "digest": _digest(tensors, about)})
 
 
 def load_state(folder: Path, family: Sequence[Prepared], device: str | torch.device) -> FamilyState | None:
-    """The saved state, or None where there is none. Warn of a damaged one and return None, so that training starts again."""
+    """The saved state, or None where there is none. If it, or a checkpoint that was written before it, is not what was written,
+    warn and return None, so that training starts again."""
     path = folder / "state.safetensors"
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            steps_done, alive = int(file.metadata()["step"]), json.loads(file.metadata()["alive"])
-            parts: dict[str, Params] = defaultdict(dict)
-            for key in sorted(set(file.keys()) - {"none"}):
-                part, name = key.split("/", 1)
-                # A clone has PyTorch's usual alignment: with another one, kernels may round differently.
-                parts[part][name] = file.get_tensor(key).clone().to("cpu" if part == "tables" else device)
+            # A clone has PyTorch's usual alignment: with another one, kernels may round differently.
+            about, tensors = file.metadata()["about"], {key: file.get_tensor(key).clone() for key in sorted(file.keys())}
+            if file.metadata()["digest"] != _digest(tensors, about):
+                raise ValueError("its checksum differs")
+        found = json.loads(about)
+        for name, digest in found["checkpoints"].items():
+            if load_weights(folder / name).content_digest != digest:
+                raise ValueError(f"the checkpoint {name} is not the one that was written")
+        parts: dict[str, Params] = defaultdict(dict)
+        for key in tensors.keys() - {"none"}:
+            part, name = key.split("/", 1)
+            parts[part][name] = tensors[key].to("cpu" if part == "tables" else device)
         tables = {name: list(rows.split(_lengths_of_equal(rows[:, 1]))) for name, rows in parts.pop("tables", {}).items()}
-        names = family[0].weights.tensors if alive else ()  # in the architecture's order, which files do not keep
+        names = family[0].weights.tensors if found["alive"] else ()  # in the architecture's order, which files do not keep
         parts = {part: {name: tensors[name] for name in names} for part, tensors in parts.items()}
-        return FamilyState(steps_done, alive, parts.pop("params", {}), parts, **tables)
+        return FamilyState(found["step"], found["alive"], parts.pop("params", {}), parts, **tables,
+                           checkpoints=found["checkpoints"])
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         warnings.warn(f"the saved state {path} is damaged ({error}); training these runs anew", stacklevel=2)
         return None
+
+
+def _digest(tensors: dict[str, Tensor], about: str) -> str:
+    """The checksum of a saved state, whatever the order of its tensors."""
+    return content_digest(dict(sorted(tensors.items())), about)
 
 
 def _lengths_of_equal(x: Tensor) -> list[int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from ihbook.checks import at_least, one_of, whole
+from ihbook.checks import at_least, flag, one_of, positive, whole
 from ihbook.digest import digest
 
 BANKS = ("glyphs", "omniglot", "authors", "gaussian", "onehot")
@@ -35,6 +36,8 @@ class BankConfig:
     def __post_init__(self):
         one_of("bank", self.name, BANKS)
         one_of("embedding", self.embedding, EMBEDDINGS)
+        if self.path is not None and not isinstance(self.path, (str, os.PathLike)):
+            raise ValueError(f"path={self.path!r} must be a path, or None")
         for name in ("n_classes", "n_exemplars", "dim"):
             whole(name, getattr(self, name), 1)
         whole("bank seed", self.seed, 0)
@@ -130,8 +133,8 @@ class ModelConfig:
         if self.mlp_ratio and not self.d_mlp:
             raise ValueError(f"mlp_ratio={self.mlp_ratio!r} of d_model={self.d_model} leaves no hidden feature; raise it")
         for name in ("rotary_base", "init_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be positive")
+            positive(name, getattr(self, name))
+        flag("layer_norm", self.layer_norm)
 
     @property
     def d_head(self) -> int:
@@ -199,9 +202,7 @@ class RunConfig:
             whole(name, getattr(self, name), 1)
         one_of("optimiser", self.optimiser, OPTIMISERS)
         one_of("schedule", self.schedule, SCHEDULES)
-        at_least("lr", self.lr, 0)
-        if not self.lr:
-            raise ValueError(f"lr={self.lr!r} must be positive")
+        positive("lr", self.lr)
 
     @property
     def n_steps(self) -> int:

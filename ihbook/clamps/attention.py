@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ihbook.checks import between
+from ihbook.checks import at_least, between, flag, positive
 from ihbook.clamps.write import BLOCKED, Clamp, Head, OnHeads, Shape, Write, on_heads
 from ihbook.model import Activations
 
@@ -29,7 +29,8 @@ class PreviousToken(OnHeads):
 
     def __post_init__(self):
         super().__post_init__()
-        between(f"{type(self).__name__}: strength", self.strength, 0, 1)
+        between("PreviousToken: strength", self.strength, 0, 1)
+        flag("PreviousToken: labels_only", self.labels_only)
 
     def writes(self, shape: Shape) -> list[Write]:
         rows = _previous_token_rows(shape, self.labels_only)
@@ -49,6 +50,10 @@ class BlockPreviousToken(OnHeads):
 
     heads: tuple[Head, ...]
     labels_only: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        flag("BlockPreviousToken: labels_only", self.labels_only)
 
     def writes(self, shape: Shape) -> list[Write]:
         rows = torch.tensor(_previous_token_rows(shape, self.labels_only))
@@ -97,7 +102,7 @@ class Induction(OnHeads):
 
     def __post_init__(self):
         super().__post_init__()
-        between(f"{type(self).__name__}: strength", self.strength, 0, 1)
+        between("Induction: strength", self.strength, 0, 1)
 
     def writes(self, shape: Shape) -> list[Write]:
         terms = ((self.strength, _LabelRow(True)), (1 - self.strength, _LabelRow(False)))
@@ -130,7 +135,8 @@ class SimilarityMatch(OnHeads):
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
+        at_least("SimilarityMatch: temperature", self.temperature, 0)
+        if 0 < self.temperature < 1e-6:
             raise ValueError(f"SimilarityMatch: temperature={self.temperature!r} is out of range; it must be 0 (the arg-max) or "
                              "from 1e-6 up")
 
@@ -149,8 +155,7 @@ class HeadTemperature(OnHeads):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"HeadTemperature: temperature={self.temperature!r} must be positive and finite")
+        positive("HeadTemperature: temperature", self.temperature)
 
     def writes(self, shape: Shape) -> list[Write]:
         return on_heads(self, self.heads, shape, "attn_scores", True, ((1 / self.temperature, None),), how="scale")

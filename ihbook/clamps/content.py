@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ihbook.checks import one_of
+from ihbook.checks import one_of, whole
 from ihbook.clamps.write import BLOCKED, Head, OnHeads, Shape, Write, as_heads, on_heads
 from ihbook.model import KIND, Activations, Weights
 
@@ -53,6 +53,8 @@ class Preserve:
     NAMES: ClassVar = {"patterns": "pattern", "values": "v", "queries": "q", "keys": "k"}
 
     def __post_init__(self):
+        if not isinstance(self.what, (str, tuple, list)):
+            raise ValueError(f"Preserve: what={self.what!r} must be one or several of {', '.join(map(repr, self.NAMES))}")
         object.__setattr__(self, "what", (self.what,) if isinstance(self.what, str) else tuple(self.what))
         for what in self.what:
             one_of("Preserve: what", what, tuple(self.NAMES))
@@ -173,6 +175,7 @@ class Graft:
 
     def __post_init__(self):
         one_of("Graft: part", self.part, ("below", "above"))
+        whole("Graft: after_layer", self.after_layer, 0)
         if not isinstance(self.donor, Weights):
             raise ValueError(f"Graft: donor={self.donor!r} must be a network's Weights, such as a result's `weights`")
 
@@ -222,6 +225,8 @@ class Steer:
     broadcasts: ClassVar[bool] = True
 
     def __post_init__(self):
+        if self.layer is not None:
+            whole("Steer: layer", self.layer, 0)
         one_of("Steer: name", self.name, tuple(name for name, kind in KIND.items() if kind in ("stream", "logits")))
         try:
             object.__setattr__(self, "vector", tuple(float(x) for x in self.vector))

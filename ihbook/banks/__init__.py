@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ihbook import files
-from ihbook.banks import embeddings, glyphs
+from ihbook.banks import embeddings, encoder, glyphs
 from ihbook.banks.authors import load_authors
 from ihbook.banks.downloads import cache_dir
 from ihbook.banks.embeddings import RANDOM, random_features
+from ihbook.banks.encoder import learnt_features
 from ihbook.banks.glyphs import SIDE, draw_glyphs
 from ihbook.banks.omniglot import load_omniglot
 from ihbook.checks import one_of
@@ -84,19 +85,25 @@ def _checked(features: torch.Tensor, images: torch.Tensor | None, metadata: dict
 
 
 def _glyphs(config: BankConfig):
-    """Drawing takes a second, so the cache keeps what it gives."""
+    """Drawing and embedding take seconds, so the cache keeps what they give."""
+    if config.embedding == "auto" and config.seed == encoder.GLYPH_SEED:
+        raise ValueError(f"seed={config.seed} draws the characters that trained the learnt encoder; choose another seed")
+
     def drawn() -> dict[str, torch.Tensor]:
         images = draw_glyphs(config.n_classes, config.n_exemplars, config.seed)
-        features = random_features(images, config.dim, reference=draw_glyphs(REFERENCE, 1, config.seed))
-        return {"images": images, "features": features}
+        if config.embedding == "random":
+            return {"images": images,
+                    "features": random_features(images, config.dim, reference=draw_glyphs(REFERENCE, 1, config.seed))}
+        return {"images": images, "features": learnt_features(images, config.dim, "glyphs")}
 
-    code = b"".join(Path(file).read_bytes() for file in (__file__, glyphs.__file__, embeddings.__file__))
-    key = hashlib.sha256(repr(config).encode() + code).hexdigest()[:32]
+    how = RANDOM if config.embedding == "random" else encoder.described("glyphs")
+    code = b"".join(Path(file).read_bytes() for file in (__file__, glyphs.__file__, embeddings.__file__, encoder.__file__))
+    key = hashlib.sha256(repr(config).encode() + how.encode() + code).hexdigest()[:32]
     try:
         found = load_file(kept(folder() / f"{key}.safetensors", lambda path: save_file(drawn(), path)))
     except OSError:  # the cache can't be written
         found = drawn()
-    return found["features"], found["images"], {"embedding": RANDOM, "source": f"drawn with seed {config.seed}"}
+    return found["features"], found["images"], {"embedding": how, "source": f"drawn with seed {config.seed}"}
 
 
 def folder() -> Path:

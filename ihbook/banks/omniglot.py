@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from PIL import Image
 
 from ihbook.banks.downloads import download
 from ihbook.banks.embeddings import RANDOM, random_features, resnet18_features
+from ihbook.banks.encoder import described, learnt_features
 from ihbook.banks.glyphs import SIDE
 from ihbook.config import BankConfig
 from ihbook.files import sha256
@@ -28,70 +29,97 @@ OMNIGLOT_MD5 = {
     "images_background.zip": "68d2efa1b9178cc56df9314c21c6e718",
     "images_evaluation.zip": "6b91aef0f799c5bb55b94e3f2daec811",
 }
-PAGE = 105  # side of an Omniglot image
+# The thirty alphabets of images_background.zip. They trained the shipped encoder, so that it embeds the other twenty alone.
+BACKGROUND = frozenset((
+    "Alphabet_of_the_Magi", "Anglo-Saxon_Futhorc", "Arcadian", "Armenian", "Asomtavruli_(Georgian)", "Balinese", "Bengali",
+    "Blackfoot_(Canadian_Aboriginal_Syllabics)", "Braille", "Burmese_(Myanmar)", "Cyrillic", "Early_Aramaic", "Futurama", "Grantha",
+    "Greek", "Gujarati", "Hebrew", "Inuktitut_(Canadian_Aboriginal_Syllabics)", "Japanese_(hiragana)", "Japanese_(katakana)",
+    "Korean", "Latin", "Malay_(Jawi_-_Arabic)", "Mkhedruli_(Georgian)", "N_Ko", "Ojibwe_(Canadian_Aboriginal_Syllabics)",
+    "Sanskrit", "Syriac_(Estrangelo)", "Tagalog", "Tifinagh"))
+REMEDY = "give images_background.zip or images_evaluation.zip, a folder with them or with their images, or path=None to download"
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Images uint8 `[class, exemplar, side, side]` as scanned, dark ink on 255; the name of each class; and their provenance."""
+
+    pages: np.ndarray
+    classes: list[str]
+    provenance: dict
+
+    def small(self) -> torch.Tensor:
+        """The images uint8 `[class, exemplar, 28, 28]`, ink 255 on 0."""
+        ink = 255 - self.pages.reshape(-1, *self.pages.shape[2:])
+        if ink.shape[-1] != SIDE:
+            ink = np.stack([np.asarray(Image.fromarray(one).resize((SIDE, SIDE), Image.Resampling.LANCZOS)) for one in ink])
+        return torch.from_numpy(ink).unflatten(0, self.pages.shape[:2])
 
 
 def load_omniglot(config: BankConfig):
-    """Features, images and metadata. Characters are sorted by name and shuffled once with the seed; random features are
-    standardised over what is kept. With the embedding "auto", random features and a warning replace ResNet-18's if those can't be
-    had."""
-    pages, metadata = _omniglot_pages(config)
-    flat = pages.reshape(-1, PAGE, PAGE)
-    small = [np.asarray(Image.fromarray(255 - page).resize((SIDE, SIDE), Image.Resampling.LANCZOS)) for page in flat]
-    images = torch.from_numpy(np.stack(small)).unflatten(0, pages.shape[:2])
-    metadata["why"] = f"embedding={config.embedding!r}"
-    if config.embedding != "random":
-        try:
-            features, how = resnet18_features(pages, config.dim)
-            return features, images, {"embedding": how, **metadata}
-        except (RuntimeError, ValueError) as error:
-            if config.embedding == "resnet18":
-                raise
-            metadata["why"] += f" and {error}"
-            warnings.warn(f"Omniglot gets random features, not ResNet-18's: {error}", stacklevel=4)
-    return random_features(images, config.dim, reference=images), images, {"embedding": RANDOM, **metadata}
+    """Features, images and metadata. Characters are sorted by name and shuffled once with the seed. With the embedding "auto",
+    they are of the twenty alphabets that did not train the shipped encoder; with another, of all fifty. Random features are
+    standardised over what is kept."""
+    learnt = config.embedding == "auto"
+    found = read_pages(config.path, config.n_exemplars, config.n_classes, config.seed,
+                       lambda alphabet: not (learnt and alphabet in BACKGROUND))
+    images = found.small()
+    if learnt:
+        features, how = learnt_features(images, config.dim, "omniglot"), described("omniglot")
+    elif config.embedding == "resnet18":
+        features, how = resnet18_features(found.pages, config.dim)
+    else:
+        features, how = random_features(images, config.dim, reference=images), RANDOM
+    return features, images, {"embedding": how, **found.provenance}
 
 
-def _omniglot_pages(config: BankConfig) -> tuple[np.ndarray, dict]:
-    """Images uint8 `[class, exemplar, 105, 105]` as scanned, dark ink on 255, and their provenance."""
-    remedy = "give images_background.zip, a folder with it or with its images, or path=None to download"
-    if config.path is None:
+def read_pages(path: str | None, n_exemplars: int, n_classes: int | None = None, seed: int | None = None,
+               of: Callable[[str], bool] = lambda alphabet: True) -> Pages:
+    """At most `n_classes` characters (None: all) of the alphabets `of`, sorted by name, or shuffled with `seed`, by their first
+    `n_exemplars` drawers. All images have one size, square, at least 28 pixels. Raises ValueError and FileNotFoundError."""
+    if path is None:
         sources = [download(OMNIGLOT_URL + name, f"md5:{md5}") for name, md5 in OMNIGLOT_MD5.items()]
     else:
-        path = Path(config.path).expanduser().resolve()
-        if not path.exists():
-            raise FileNotFoundError(f"path={str(path)!r} does not exist; {remedy}")
-        sources = [path] if path.is_file() else [*sorted(path.glob("images_*.zip")), path]
+        place = Path(path).expanduser().resolve()
+        if not place.exists():
+            raise FileNotFoundError(f"path={str(place)!r} does not exist; {REMEDY}")
+        sources = [place] if place.is_file() else [*sorted(place.glob("images_*.zip")), place]
     with ExitStack() as stack:
         drawings: dict[tuple[str, str], dict[int, Callable[[], bytes]]] = {}
         for source in sources:
             try:
-                found = _list_drawings(source, stack)
+                listed = _list_drawings(source, stack)
             except (zipfile.BadZipFile, OSError) as error:
-                raise ValueError(f"{source} is not a whole zip file ({error}); {remedy}") from error
-            for name, read in found:
+                raise ValueError(f"{source} is not a whole zip file ({error}); {REMEDY}") from error
+            for name, read in listed:
                 match = re.search(r"([^/]+)/([^/]+)/\d+_(\d+)\.png$", name)
                 if match:  # a drawing that two archives hold counts once
                     drawings.setdefault(match.group(1, 2), {}).setdefault(int(match[3]), read)
+        where = ", ".join(map(str, sources))
         if not drawings:
-            raise ValueError(f"no alphabet/character/NNNN_EE.png in {', '.join(map(str, sources))}; {remedy}")
-        order = np.random.default_rng(config.seed).permutation(len(drawings))[: config.n_classes]
-        names = sorted(drawings)
-        classes = [names[i] for i in order]
-        pages = np.empty((len(classes), config.n_exemplars, PAGE, PAGE), np.uint8)
-        for row, key in zip(pages, classes, strict=True):
+            raise ValueError(f"no alphabet/character/NNNN_EE.png in {where}; {REMEDY}")
+        names = sorted(name for name in drawings if of(name[0]))
+        if not names:
+            raise ValueError(f"all alphabets in {where} trained the shipped encoder, which would know them; give "
+                             "images_evaluation.zip too, or choose embedding='random'")
+        if seed is not None:
+            names = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+        pages = None
+        for row, key in enumerate(names := names[:n_classes]):
             what, drawers = "/".join(key), sorted(drawings[key])
-            if len(drawers) < config.n_exemplars:
-                raise ValueError(f"n_exemplars={config.n_exemplars} but {what} has {len(drawers)}; ask for fewer")
-            for slot, drawer in zip(row, drawers, strict=False):
-                slot[:] = _decode(drawings[key][drawer], f"{what} by drawer {drawer}", remedy)
+            if len(drawers) < n_exemplars:
+                raise ValueError(f"n_exemplars={n_exemplars} but {what} has {len(drawers)}; ask for fewer")
+            for slot, drawer in enumerate(drawers[:n_exemplars]):
+                page = _decode(drawings[key][drawer], f"{what} by drawer {drawer}")
+                if pages is None:
+                    pages = np.empty((len(names), n_exemplars, *page.shape), np.uint8)
+                if page.shape != pages.shape[2:]:
+                    raise ValueError(f"the image of {what} by drawer {drawer} is {page.shape}, the first {pages.shape[2:]}; give "
+                                     "images of one size")
+                pages[row, slot] = page
     archives = {source.name: sha256(source) for source in sources if source.is_file()}
-    return pages, {
-        "source": ", ".join(source.name for source in sources),
-        "archives_sha256": archives,
-        "images_sha256": hashlib.sha256(pages).hexdigest(),
-        "classes": ["/".join(key) for key in classes],
-    }
+    classes = ["/".join(key) for key in names]
+    return Pages(pages, classes, {"source": ", ".join(source.name for source in sources), "archives_sha256": archives,
+                                  "images_sha256": hashlib.sha256(pages).hexdigest(), "classes": classes})
 
 
 def _list_drawings(source: Path, stack: ExitStack) -> list[tuple[str, Callable[[], bytes]]]:
@@ -102,12 +130,12 @@ def _list_drawings(source: Path, stack: ExitStack) -> list[tuple[str, Callable[[
     return [(name, partial(archive.read, name)) for name in sorted(archive.namelist())]
 
 
-def _decode(read: Callable[[], bytes], what: str, remedy: str) -> np.ndarray:
+def _decode(read: Callable[[], bytes], what: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(read())) as image:
             page = np.asarray(image.convert("L"))
     except (OSError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"the image of {what} is damaged ({error}); {remedy}") from error
-    if page.shape != (PAGE, PAGE):
-        raise ValueError(f"the image of {what} is {page.shape}, not {PAGE}x{PAGE}; {remedy}")
+        raise ValueError(f"the image of {what} is damaged ({error}); {REMEDY}") from error
+    if page.shape[0] != page.shape[1] or len(page) < SIDE:
+        raise ValueError(f"the image of {what} is {page.shape}; it must be a square of at least {SIDE} pixels; {REMEDY}")
     return page

@@ -1,10 +1,13 @@
-"""`python -m ihbook store …` manages the store of finished runs; `python -m ihbook sweep …` runs a chapter over a grid."""
+"""`python -m ihbook store …` manages the store of finished runs; `… sweep …` runs a chapter over a grid; `… evidence …` measures
+every claim on a bank, over many seeds."""
 
 import argparse
 import sys
 import time
+from pathlib import Path
 
-from ihbook.engine.store import Store
+from ihbook.config import BANKS, EMBEDDINGS
+from ihbook.engine.store import Store, default_root
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,11 +24,26 @@ def main(arguments: list[str] | None = None) -> int:
     swept.add_argument("-p", "--parameter", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"),
                        help="a parameter and its values; 0:8 stands for 0 1 … 7")
     swept.add_argument("--out", required=True, help="the folder for notebooks, numbers.parquet and index.html")
-    where = swept.add_mutually_exclusive_group()
-    where.add_argument("--processes", type=int, help="run so many points at a time, each in a process of its own")
-    where.add_argument("--scheduler", metavar="ADDRESS", help="run them on the Dask cluster of this scheduler, such as tcp://…:8786")
+    column = commands.add_parser("evidence", help="measure every claim on one bank over many seeds, as a column")
+    column.add_argument("--bank", default="glyphs", choices=BANKS)
+    column.add_argument("--bank-path", help="your own file or folder, for omniglot and authors")
+    column.add_argument("--embedding", default="auto", choices=EMBEDDINGS)
+    column.add_argument("--dim", type=int, default=512, help="features of a character")
+    column.add_argument("--seeds", nargs="+", default=["5:13"], help="such as 5 6 7, or 5:13 for 5 6 … 12 (the default)")
+    column.add_argument("--profile", default="paper", choices=["paper", "quick"])
+    column.add_argument("--n-sequences", type=int, help="length of the main run (default: the profile's)")
+    column.add_argument("--device", default="cpu")
+    column.add_argument("--chapters", nargs="+", default=[], metavar="NAME", help="only these, such as 03_many_heads")
+    column.add_argument("--book", default="book", help="the folder of the book's notebooks")
+    column.add_argument("--name", help="of the column (default: the bank, and its embedding where that is not auto)")
+    column.add_argument("--out", help="the file (default: evidence/NAME.json in the book's folder)")
+    for command in (swept, column):
+        where = command.add_mutually_exclusive_group()
+        where.add_argument("--processes", type=int, help="run so many points at a time, each in a process of its own")
+        where.add_argument("--scheduler", metavar="ADDRESS", help="run them on the Dask cluster of this scheduler, such as "
+                                                                  "tcp://…:8786")
     options = parser.parse_args(arguments)
-    return _store(options) if options.command == "store" else _sweep(parser, options)
+    return {"store": _store, "sweep": _sweep, "evidence": _evidence}[options.command](parser, options)
 
 
 def _sweep(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -43,7 +61,27 @@ def _sweep(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     return 1 if done.failed else 0
 
 
-def _store(options: argparse.Namespace) -> int:
+def _evidence(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    try:
+        from ihbook.chapters import evidence, sweep
+        from ihbook.chapters.experiments import Settings
+
+        settings = Settings(options.profile, bank=options.bank, bank_path=options.bank_path, embedding=options.embedding,
+                            dim=options.dim, n_sequences=options.n_sequences, device=options.device)
+        seeds = sweep.grid([["seed", *options.seeds]])["seed"]
+        name = options.name or evidence.column_name(settings)
+        out = Path(options.out or Path(options.book) / "evidence" / f"{name}.json")
+        with sweep.executor_for(options.processes, options.scheduler) as executor:
+            column = evidence.measure(options.book, settings, seeds, default_root() / "evidence" / name, name=name,
+                                      chapters=options.chapters, executor=executor)
+        evidence.write(column, out)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        parser.exit(2, f"{error}\n")
+    print(f"{out}: " + ", ".join(f"{n} {word}" for word, n in evidence.counts(column).items()))
+    return 0
+
+
+def _store(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     where = Store(options.root)
     print(where.root)
     if options.action == "list":

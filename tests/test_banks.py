@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import socket
 import sys
 import threading
@@ -22,11 +23,14 @@ from PIL import Image
 
 from ihbook import Store, banks
 from ihbook.banks import authors as h5_file
-from ihbook.banks import downloads, load_bank
+from ihbook.banks import downloads, encoder, load_bank, teach
 from ihbook.banks import omniglot as archives
+from ihbook.banks.embeddings import RANDOM
 from ihbook.banks.glyphs import draw_glyphs
-from ihbook.config import BankConfig
+from ihbook.config import BankConfig, RunConfig
+from ihbook.engine.train import train
 
+LEARNT = "3edbc70b217d21390f0b9b8b38ecea375b072812d1e3112544e4f5d1993596b2"  # of 24 glyphs in 3 hands, on every machine
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -73,11 +77,11 @@ def similarity(features):
 # --- generated banks -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["glyphs", "gaussian"])
-def test_a_larger_generated_bank_extends_a_smaller_one_bit_for_bit(name):
-    small = load_bank(BankConfig(name, n_classes=70, n_exemplars=2, dim=96))
-    large = load_bank(BankConfig(name, n_classes=150, n_exemplars=3, dim=96))
-    assert (large.n_classes, large.n_exemplars, large.dim) == (150, 3, 96)
+@pytest.mark.parametrize("name, embedding, dim", [("glyphs", "auto", 512), ("glyphs", "random", 96), ("gaussian", "auto", 96)])
+def test_a_larger_generated_bank_extends_a_smaller_one_bit_for_bit(name, embedding, dim):
+    small = load_bank(BankConfig(name, n_classes=70, n_exemplars=2, dim=dim, embedding=embedding))
+    large = load_bank(BankConfig(name, n_classes=150, n_exemplars=3, dim=dim, embedding=embedding))
+    assert (large.n_classes, large.n_exemplars, large.dim) == (150, 3, dim)
     assert large.features.dtype == torch.float32
     assert torch.equal(large.features[:70, :2], small.features)
     assert small.digest != large.digest
@@ -98,10 +102,11 @@ def test_generated_banks_are_values_of_their_config(name):
     assert first.metadata["name"] == name
 
 
-def test_drawn_glyphs_are_kept_and_drawn_again_where_damaged(tmp_path, monkeypatch):
+@pytest.mark.parametrize("embedding, n_draws", [("auto", 1), ("random", 2)])  # also those that set the standardisation
+def test_drawn_glyphs_are_kept_and_drawn_again_where_damaged(tmp_path, monkeypatch, embedding, n_draws):
     """A second process reads them; a damaged file, another config or a cache that can't be written make it draw."""
     monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path))
-    config, draws = BankConfig(n_classes=20, n_exemplars=2), []
+    config, draws = BankConfig(n_classes=20, n_exemplars=2, embedding=embedding), []
     monkeypatch.setattr(banks, "draw_glyphs", lambda *args: draws.append(args) or draw_glyphs(*args))
 
     def load(config=config):
@@ -110,24 +115,25 @@ def test_drawn_glyphs_are_kept_and_drawn_again_where_damaged(tmp_path, monkeypat
         return bank.digest, torch.equal(bank.images, draw_glyphs(20, 2, config.seed)), len(draws)
 
     digest, same, n = load()
-    assert same and n == 2  # the characters, and those that set the standardisation
+    assert same and n == n_draws
     [path] = banks.folder().glob("*.safetensors")
     assert load() == (digest, True, 0)
     content = path.read_bytes()
     for damage in (content[:-1] + bytes([content[-1] ^ 1]), b""):
         path.write_bytes(damage)
-        assert load() == (digest, True, 2) and path.read_bytes() == content
-    assert load(replace(config, seed=1))[1:] == (True, 2)
+        assert load() == (digest, True, n_draws) and path.read_bytes() == content
+    assert load(replace(config, seed=1))[1:] == (True, n_draws)
     assert Store(tmp_path / "store").prune() == [] and load()[2] == 0
     assert path in Store(tmp_path / "store").prune(everything=True) and not path.exists()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "file"))
-    assert load() == (digest, True, 2)
+    assert load() == (digest, True, n_draws)
 
 
-def test_glyphs_do_not_depend_on_the_thread_count():
+@pytest.mark.parametrize("embedding", ["auto", "random"])
+def test_glyphs_do_not_depend_on_the_thread_count(embedding):
     threads = torch.get_num_threads()
-    config = BankConfig(n_classes=40, n_exemplars=2)
+    config = BankConfig(n_classes=40, n_exemplars=2, embedding=embedding)
     digests = set()
     try:
         for n in (1, 2):
@@ -149,17 +155,18 @@ def test_glyphs_look_like_ink_on_paper():
     assert grey.float().mean() > 0.05  # anti-aliased
 
 
-def test_glyphs_are_recognisable_from_one_exemplar():
-    bank = load_bank(BankConfig(n_classes=300))
+@pytest.mark.parametrize("embedding, least, most", [("auto", 0.9, 0.98), ("random", 0.3, 0.9)])
+def test_glyphs_are_recognisable_from_one_exemplar(embedding, least, most):
+    bank = load_bank(BankConfig(n_classes=300, embedding=embedding))
     within, between, accuracy = similarity(bank.features)
     assert within > between + 0.15
-    assert 0.3 < accuracy < 0.9  # chance is 0.05; no two hands are alike
+    assert least < accuracy < most  # chance is 0.05; no two hands are alike
     assert bank.features.isfinite().all() and bank.features.min() == 0
 
 
 def test_glyph_features_are_on_the_scale_of_omniglot_features(shared):
     real = load_bank(BankConfig("authors", path=str(shared / "omniglot_relu.h5"))).features
-    drawn = load_bank(BankConfig(n_classes=242)).features
+    drawn = load_bank(BankConfig(n_classes=242, embedding="random")).features
     for statistic in (torch.mean, torch.std, lambda x: x.norm(dim=-1).mean()):
         assert statistic(drawn).item() == pytest.approx(statistic(real).item(), rel=0.1)
     for ours, theirs in zip(similarity(drawn), similarity(real), strict=True):
@@ -263,11 +270,12 @@ def test_missing_authors_file(tmp_path):
 
 def png(seed, size=105):
     """A page with a few thick dark lines."""
+    edge = size // 5
     rng = np.random.default_rng(seed)
     page = np.full((size, size), 255, np.uint8)
     for at in rng.integers(10, size - 14, 3):
-        page[at : at + 4, 20:-20] = 0
-        page[20:-20, -at : 4 - at] = 0
+        page[at : at + 4, edge:-edge] = 0
+        page[edge:-edge, -at : 4 - at] = 0
     buffer = io.BytesIO()
     Image.fromarray(page).convert("1").save(buffer, "png")
     return buffer.getvalue()
@@ -317,6 +325,73 @@ def test_omniglot_order_is_a_matter_of_the_seed_and_duplicates_count_once(tmp_pa
     assert torch.equal(few.images, first.images[:3])
 
 
+@pytest.mark.parametrize("side", [28, 60, 105])
+def test_omniglot_of_any_side_is_learnt_from_the_other_alphabets(tmp_path, side):
+    path = omniglot_zip(tmp_path / "images.zip", [*NAMES, "Greek/character01"], page=lambda seed: png(seed, side))
+    learnt, every = omniglot(path, "auto"), omniglot(path, "random")
+    assert sorted(learnt.metadata["classes"]) == NAMES and len(every.metadata["classes"]) == 7  # Greek trained the encoder
+    assert learnt.features.shape == (6, 2, 512) and learnt.images.shape[2:] == (28, 28)
+    assert learnt.metadata["embedding"].startswith("learnt on 764 characters") and learnt.metadata["embedding"] != RANDOM
+    encoded = encoder.learnt_features(learnt.images, 512, "omniglot")
+    assert torch.equal(encoded, learnt.features)
+
+
+def test_all_of_real_omniglot(shared):
+    """Shuffled, embedded, split, trained: the whole path, on the 20 alphabets that did not train the encoder and on all 50."""
+    path = shared / "omniglot_28.zip"
+    bank = omniglot(path, "auto", n_exemplars=5)
+    assert bank.n_classes == 659 and not {name.split("/")[0] for name in bank.metadata["classes"]} & archives.BACKGROUND
+    assert len(archives.BACKGROUND) == 30
+    within, between, accuracy = similarity(bank.features)
+    assert accuracy > 0.85 and within > between + 0.25 and bank.features.square().mean() == pytest.approx(1, abs=0.15)
+    every = omniglot(path, "random", n_exemplars=5)
+    assert every.features.shape == (1623, 5, 512) and similarity(every.features)[2] < accuracy
+    run = RunConfig(bank=BankConfig("omniglot", str(path), n_exemplars=5), n_sequences=3200, lr=1e-3, eval_every=0)
+    [result] = train([run], progress=False)
+    assert result.metrics["value"].notna().all() or result.metrics.empty
+
+
+def test_learnt_features_are_exact(tmp_path):
+    """Whatever the batch, the threads and the order of sums: every number is a multiple of a power of two that float64 holds."""
+    images = draw_glyphs(24, 3)
+    whole = encoder.learnt_features(images, 512, "glyphs")
+    assert torch.equal(torch.stack([encoder.learnt_features(image, 512, "glyphs") for image in images]), whole)
+    numbers, record = encoder.load("glyphs")
+    x = images.flatten(0, 1)[:, None].double() / 256
+    for i in range(4):  # by PyTorch's own convolution, which sums in another order
+        x = torch.nn.functional.max_pool2d(x, 2) if i else x
+        weight = numbers[f"{i}.weight"] * 2.0 ** -numbers[f"{i}.exponent"].double().view(-1, 1, 1, 1)
+        y = torch.nn.functional.conv2d(x, weight, numbers[f"{i}.bias"].double() * encoder.GRID, padding=1)
+        x = ((y / encoder.GRID).round() * encoder.GRID).relu()
+    assert torch.equal(x.sum((2, 3)), encoder.encode(images.flatten(0, 1), numbers))
+    assert hashlib.sha256(whole.numpy().tobytes()).hexdigest() == LEARNT
+    for name, kind in (("weight", torch.int8), ("exponent", torch.int8), ("bias", torch.int32)):
+        assert all(numbers[f"{i}.{name}"].dtype == kind for i in range(4))
+    assert float(record["one_shot_accuracy"]) > 0.9
+    assert sum(encoder.weights_path(kind).stat().st_size for kind in encoder.KINDS) < 2e6
+    with pytest.raises(ValueError, match="dim=64 but the learnt encoder has 512"):
+        encoder.learnt_features(images, 64, "glyphs")
+
+
+def test_no_bank_has_the_characters_that_trained_the_encoder():
+    with pytest.raises(ValueError, match="trained the learnt encoder; choose another seed"):
+        load_bank(BankConfig(seed=encoder.GLYPH_SEED))
+    assert load_bank(BankConfig(seed=encoder.GLYPH_SEED, n_classes=20, embedding="random")).n_classes == 20
+
+
+def test_teaching_makes_whole_numbers_that_tell_characters_apart(tmp_path):
+    """A short training, far below the shipped one's, is already better than chance; what is written is read as it was."""
+    images = draw_glyphs(60, 6, 5)
+    numbers = teach.whole_numbers(teach.teach(images[:40], teach.Recipe(epochs=2, batch=40)))
+    accuracy, scale = teach.judge(numbers, images[40:])
+    assert accuracy > 0.25 and math.isfinite(scale)  # chance is 0.05
+    features = encoder.encode(images[40:].flatten(0, 1), numbers)
+    assert float((features * scale).square().mean()) == pytest.approx(1, rel=1e-6)
+    shuffled = features.unflatten(0, (20, 6))[torch.randperm(20, generator=torch.Generator().manual_seed(0))]
+    assert teach.one_shot(torch.randn(200, 20, 512, generator=torch.Generator().manual_seed(0))) == pytest.approx(0.05, abs=0.02)
+    assert teach.one_shot(shuffled) == pytest.approx(accuracy, abs=0.03)
+
+
 def test_real_omniglot(shared):
     bank = omniglot(shared, n_exemplars=5)
     assert bank.features.shape == (242, 5, 512) and len(set(bank.metadata["classes"])) == 242
@@ -338,9 +413,16 @@ def test_unusable_omniglot_sources_are_named_with_their_remedy(tmp_path):
     path = omniglot_zip(tmp_path / "images.zip", NAMES)
     with pytest.raises(ValueError, match=r"n_exemplars=4 but (Aa|Bb)/character0\d has 3; ask for fewer"):
         omniglot(path, n_exemplars=4)
-    small = omniglot_zip(tmp_path / "small.zip", NAMES, page=lambda seed: png(seed, 60))
-    with pytest.raises(ValueError, match=r"drawer 1 is \(60, 60\), not 105x105"):
+    small = omniglot_zip(tmp_path / "small.zip", NAMES, page=lambda seed: png(seed, 27))
+    with pytest.raises(ValueError, match=r"drawer 1 is \(27, 27\); it must be a square of at least 28 pixels"):
         omniglot(small)
+    sides = iter([60] * 5 + [61] * 100)
+    mixed = omniglot_zip(tmp_path / "mixed.zip", NAMES, page=lambda seed: png(seed, next(sides)))
+    with pytest.raises(ValueError, match=r"is \(6[01], 6[01]\), the first \(6[01], 6[01]\); give images of one size"):
+        omniglot(mixed)
+    with pytest.raises(ValueError, match="all alphabets in .* trained the shipped encoder.*images_evaluation.zip too, or choose "
+                                         "embedding='random'"):
+        omniglot(omniglot_zip(tmp_path / "known.zip", ["Greek/character01", "Latin/character01"]), "auto")
     blank = omniglot_zip(tmp_path / "blank.zip", NAMES, page=lambda seed: png(1))
     with pytest.raises(ValueError, match="blank.zip.* zero variance"):
         omniglot(blank)
@@ -403,8 +485,7 @@ def fake_torchvision(monkeypatch):
     return models
 
 
-@pytest.mark.parametrize("embedding", ["auto", "resnet18"])
-def test_resnet18_features_are_made_once(tmp_path, cache, fake_torchvision, embedding):
+def test_resnet18_features_are_made_once(tmp_path, cache, fake_torchvision, embedding="resnet18"):
     path = omniglot_zip(tmp_path / "images.zip", NAMES)
     state = torch.get_rng_state()
     with warnings.catch_warnings():
@@ -434,13 +515,8 @@ def test_resnet18_that_cannot_be_kept_is_still_used(tmp_path, cache, fake_torchv
         assert omniglot(path, "resnet18").metadata["embedding"].startswith("resnet18")
 
 
-def test_without_torchvision_auto_warns_once_and_resnet18_says_the_remedy(tmp_path, no_torchvision):
+def test_without_torchvision_resnet18_says_the_remedy(tmp_path, no_torchvision):
     path = omniglot_zip(tmp_path / "images.zip", NAMES)
-    with pytest.warns(UserWarning, match="random features, not ResNet-18's: torchvision.*can't be had") as caught:
-        bank = omniglot(path, "auto")
-    assert len(caught) == 1 and caught[0].filename == __file__
-    assert bank.metadata["embedding"].startswith("random") and "torchvision" in bank.metadata["why"]
-    assert bank.digest == omniglot(path, "random").digest
     with pytest.raises(RuntimeError, match="pip install torchvision.*or choose embedding='random'"):
         omniglot(path, "resnet18")
 

@@ -12,11 +12,11 @@ QUICK = Settings("quick")
 
 
 @pytest.mark.parametrize("key, values, word", [
-    ("redundant", [0.01, 0.02, 0.9], "holds"), ("redundant", [0.04], "differs"), ("redundant", 0.03, "holds"),
+    ("redundant", [0.01, 0.02, 0.9], "undecided"), ("redundant", [0.01, 0.02, 0.03], "holds"), ("redundant", [0.04], "differs"), ("redundant", 0.03, "holds"),
     ("plateau", [0.7], "holds"), ("plateau", [0.6], "differs"), ("plateau", [0.9], "differs"),
     ("each-learns", [1.0], "holds"), ("each-learns", [7 / 8], "differs"), ("plateau", [math.nan], "not tested"),
     ("plateau", [math.nan, 0.7], "holds"), ("plateau", [], "not tested"),
-    ("all-pt", [math.inf, 1.3, math.inf], "holds"), ("pt-faster", [0.5, math.inf, math.inf], "differs"),
+    ("all-pt", [math.inf, 1.3, math.inf], "holds"), ("pt-faster", [0.5, math.inf, math.inf], "undecided"), ("pt-faster", [1.5, math.inf, math.inf], "differs"),
 ])
 def test_verdicts(key, values, word):
     assert claims.judge(key, values).word == word

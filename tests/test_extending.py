@@ -371,10 +371,10 @@ def test_own_clamps_that_broadcast_give_what_each_gives_alone(networks, batch, m
 
 def test_settings_reach_the_network_and_the_task():
     settings = Settings("quick", n_pairs=4, burstiness=2, noise=0.1, zipf=0.5, n_layers=3, n_heads=4, d_model=32, mlp_ratio=2.0,
-                        positions="learned", n_classes=20, n_test_classes=30, dim=48)
+                        positions="learned", n_classes=20, n_test_classes=30, dim=48, embedding="random")
     run = settings.run(n_labels=7)
     assert run.model == ModelConfig(n_layers=3, n_heads=4, d_model=32, mlp_ratio=2.0, positions="learned")
-    assert run.bank == BankConfig(dim=48)
+    assert run.bank == BankConfig(dim=48, embedding="random")
     assert run.task == TaskConfig(n_classes=20, n_test_classes=30, n_labels=7, n_pairs=4, burstiness=2, noise=0.1, zipf=0.5)
     assert settings.tokens == ["x₁", "l₁", "x₂", "l₂", "x₃", "l₃", "x₄", "l₄", "x"] and not settings.as_published
     assert len({settings.digest, Settings("quick").digest, replace(settings, n_heads=2).digest}) == 3

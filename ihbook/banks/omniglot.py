@@ -134,8 +134,8 @@ def _decode(read: Callable[[], bytes], what: str) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(read())) as image:
             page = np.asarray(image.convert("L"))
-    except (OSError, SyntaxError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"the image of {what} is damaged ({error}); {REMEDY}") from error
+    except (OSError, SyntaxError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"the image of {what} is damaged ({str(error) or 'it ends early'}); {REMEDY}") from error
     if page.shape[0] != page.shape[1] or len(page) < SIDE:
         raise ValueError(f"the image of {what} is {page.shape}; it must be a square of at least {SIDE} pixels; {REMEDY}")
     return page

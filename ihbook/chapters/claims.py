@@ -6,25 +6,28 @@ import json
 import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.resources import files
 from statistics import median
 
+import numpy as np
 import pandas as pd
-from IPython.display import display
+from scipy import stats
 
 from ihbook.chapters.experiments import Settings
 from ihbook.engine.store import default_root
 from ihbook.files import writing
 
-NUMBERS = "application/vnd.ihbook.numbers+json"  # the type of the output that holds a notebook's numbers
+WORDS = ("holds", "direction only", "differs", "undecided", "check", "not tested")
+COVERAGE = 0.95  # of all intervals
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A published claim. It holds where the median over seeds of the measured number lies from `low` to `high`.
-
-    Where the published number is close to zero, `high` is as a rule three times that number.
+    """A published claim. It holds where the median over seeds of the measured number lies from `low` to `high` (`why` says why
+    there, `source` where the published number comes from, `bounds` when they were set and changed), and in direction only where it
+    lies from `direction_low` to `direction_high`. A `check` is true by definition or algebra, so that it is no evidence.
     """
 
     key: str
@@ -34,53 +37,154 @@ class Claim:
     measure: str
     low: float = -math.inf
     high: float = math.inf
+    why: str = ""
+    source: str = ""
+    bounds: tuple[str, ...] = ()
+    direction_low: float = -math.inf
+    direction_high: float = math.inf
+    published_value: float | None = None
+    check: bool = False
+    chapter: str = ""
 
     def __post_init__(self):
-        if not (isinstance(self.low, (int, float)) and isinstance(self.high, (int, float)) and self.low <= self.high
-                and (math.isfinite(self.low) or math.isfinite(self.high))):
-            raise ValueError(f"the claim {self.key!r} has low={self.low!r}, high={self.high!r}; one of them at least must be "
-                             "finite, and low at most high")
+        object.__setattr__(self, "bounds", tuple(self.bounds))
+        for low, high in (("low", "high"), ("direction_low", "direction_high")):
+            a, b = getattr(self, low), getattr(self, high)
+            if not (isinstance(a, (int, float)) and isinstance(b, (int, float)) and a <= b
+                    and (math.isfinite(a) or math.isfinite(b) or low != "low")):
+                raise ValueError(f"the claim {self.key!r} has {low}={a!r}, {high}={b!r}; one of them at least must be finite, and "
+                                 "low at most high")
 
     @property
     def holds_if(self) -> str:
         """The condition in words."""
-        if self.low == -math.inf:
-            return f"at most {self.high:g}"
-        return f"at least {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+        return _between(self.low, self.high)
+
+    @property
+    def refuted_by(self) -> str:
+        """What would have refuted the claim, in words."""
+        parts = [f"below {self.low:g}"] * (self.low > -math.inf) + [f"above {self.high:g}"] * (self.high < math.inf)
+        return "an interval all " + " or all ".join(parts)
+
+    @property
+    def has_direction(self) -> bool:
+        return (self.direction_low, self.direction_high) != (-math.inf, math.inf)
+
+
+def _between(low: float, high: float) -> str:
+    if low == -math.inf:
+        return f"at most {high:g}"
+    return f"at least {low:g}" if high == math.inf else f"{low:g} to {high:g}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim with what was measured, one number per seed."""
+    """A claim with what was measured, one number per seed: NaN where a seed gave none, infinite where it never got there."""
 
     claim: Claim
     values: tuple[float, ...]
+    seeds: tuple[int, ...] = ()  # of the values, where there is one for each
 
     @property
     def key(self) -> str:
         return self.claim.key
 
+    @cached_property
+    def known(self) -> list[float]:
+        """The numbers, sorted."""
+        return sorted(v for v in self.values if not math.isnan(v))
+
+    @property
+    def n(self) -> int:
+        return len(self.known)
+
+    @property
+    def median(self) -> float:
+        """The median over seeds; NaN where no seed gave a number."""
+        return median(self.known) if self.known else math.nan
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % bootstrap interval of the median over seeds (percentiles of 9,999 samples); None for fewer than two numbers."""
+        if self.n < 2:
+            return None
+        if self.known[0] == self.known[-1]:
+            return self.known[0], self.known[0]
+        most = 1e100  # stands for "never", as the difference of two infinities has no value
+        found = stats.bootstrap((np.minimum(self.known, most),), np.median, n_resamples=9999, confidence_level=COVERAGE,
+                                method="percentile", random_state=0).confidence_interval
+        return tuple(math.inf if bound > most / 10 else float(bound) for bound in found)
+
+    @cached_property
+    def prediction(self) -> tuple[float, float] | None:
+        """The interval that one more run falls into 95 times in 100, mean ± t s √(1 + 1/n); None where it can't be had."""
+        if self.n < 2 or not all(map(math.isfinite, (self.known[0], self.known[-1]))):
+            return None
+        half = stats.t.ppf((1 + COVERAGE) / 2, self.n - 1) * np.std(self.known, ddof=1) * math.sqrt(1 + 1 / self.n)
+        return float(np.mean(self.known) - half), float(np.mean(self.known) + half)
+
+    @property
+    def published_inside(self) -> bool | None:
+        """Whether the published number is one that another run could give. Only runs on the authors' features can tell."""
+        if self.claim.published_value is None or self.prediction is None:
+            return None
+        return self.prediction[0] <= self.claim.published_value <= self.prediction[1]
+
     @property
     def word(self) -> str:
-        """The verdict: "holds", "differs", or "not tested" where no seed gave a number."""
-        known = [v for v in self.values if not math.isnan(v)]
-        if not known:
+        """The verdict. The whole interval counts, or the number itself where there is only one:
+
+        - "holds": it lies within the bounds; "check" if that is no evidence;
+        - "undecided": it straddles a bound, so that more seeds are needed;
+        - "direction only": it lies outside the bounds, but within those of the direction;
+        - "differs": it lies outside;
+        - "not tested": no seed gave a number.
+        """
+        if not self.known:
             return "not tested"
-        return "holds" if self.claim.low <= median(known) <= self.claim.high else "differs"
+        claim = self.claim
+        least, most = self.interval or (self.known[0], self.known[0])
+        if claim.low <= least and most <= claim.high:
+            return "check" if claim.check else "holds"
+        if most >= claim.low and least <= claim.high:
+            return "undecided"
+        direction = claim.has_direction and claim.direction_low <= least and most <= claim.direction_high
+        return "direction only" if direction else "differs"
+
+    @property
+    def n_needed(self) -> int | None:
+        """About how many seeds would decide an undecided claim, if the median stays where it is; None for another."""
+        if self.word != "undecided":
+            return None
+        middle, ratios = self.median, []
+        for bound in (self.claim.low, self.claim.high):
+            for end in self.interval or ():
+                if min(middle, end) < bound < max(middle, end) and math.isfinite(end - middle):
+                    ratios.append((end - middle) / (bound - middle))  # an interval shrinks with √n
+        return math.ceil(self.n * max(ratios) ** 2) if ratios else None
 
     @property
     def measured(self) -> str:
-        """The median over seeds and their range, in words; "–" where no seed gave a number."""
-        known = sorted(v for v in self.values if not math.isnan(v))
-        if not known:
+        """The median over seeds and its interval, in words; "–" where no seed gave a number."""
+        if not self.known:
             return "–"
-        middle = _number(median(known))
-        return middle if len(known) == 1 else f"{middle} ({_number(known[0])} to {_number(known[-1])})"
+        middle = _number(self.median)
+        return f"{middle} ({_number(self.interval[0])} to {_number(self.interval[1])})" if self.interval else middle
+
+    @property
+    def without(self) -> list[int]:
+        """The seeds that gave no number, or never got there."""
+        return [seed for seed, value in zip(self.seeds, self.values, strict=False) if not math.isfinite(value)]
+
+
+def measured_in_words(verdict: Verdict) -> str:
+    """A verdict and its numbers in a table's cell."""
+    return f"{verdict.word} · {verdict.measured} · n {verdict.n}" if verdict.known else verdict.word
 
 
 def _number(x: float) -> str:
     if math.isinf(x):
-        return "∞"
+        return "∞" if x > 0 else "−∞"
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
@@ -89,38 +193,43 @@ def ratios(times: Sequence[float], to: Sequence[float]) -> list[float]:
     return [math.nan if math.isnan(b) else math.inf if math.isnan(a) else a / b for a, b in zip(times, to, strict=True)]
 
 
-def judge(claim: str | Claim, values: float | Sequence[float]) -> Verdict:
+def best_guesser(n_questions: int, n_guessers: int, chance: float = 0.5) -> float:
+    """The share of `n_questions` that the best of `n_guessers` gets right by luck, at most, in 19 of 20 cases: what the best of
+    several must exceed (Tables 2 and 3). NaN without questions."""
+    return float(stats.binom.ppf(COVERAGE ** (1 / n_guessers), n_questions, chance)) / n_questions if n_questions else math.nan
+
+
+def judge(claim: str | Claim, values: float | Sequence[float], seeds: Sequence[int] = ()) -> Verdict:
     """The verdict on a claim (a key of the book's claims, or a claim of your own), from one number per seed (NaN: no number).
 
-    Raises KeyError for an unknown key.
+    Raises KeyError for an unknown key, ValueError where there is not one of `seeds` for each number.
     """
     if isinstance(claim, str):
         if claim not in CLAIMS:
             raise KeyError(f"no claim {claim!r}; they are {', '.join(CLAIMS)}")
         claim = CLAIMS[claim]
-    return Verdict(claim, tuple(float(v) for v in (values if isinstance(values, Sequence) else [values])))
+    values = tuple(float(v) for v in (values if isinstance(values, Sequence) else [values]))
+    if seeds and len(seeds) != len(values):
+        raise ValueError(f"{claim.key}: {len(values)} numbers and {len(seeds)} seeds; give one seed for each number, or none")
+    return Verdict(claim, values, tuple(map(int, seeds)))
 
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """Claims and verdicts as the book shows them, one row per claim."""
-    return pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, v.word, f"{c.measure}: {c.holds_if}")
+    return pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, v.n, v.word, f"{c.measure}: {c.holds_if}")
                          for v in verdicts for c in [v.claim]],
-                        columns=["figure", "claim", "published", "measured", "verdict", "what is measured: when it holds"])
+                        columns=["figure", "claim", "published", "measured", "n", "verdict", "what is measured: when it holds"])
 
 
 def record(verdicts: Sequence[Verdict], settings: Settings) -> pd.DataFrame:
-    """Save a chapter's verdicts in the default store, for the page of all claims; return their table. Raises OSError."""
+    """Save a chapter's verdicts in the default store, for the page of all claims; return their table. Where there is one number
+    for each of the settings' networks, they are in the order of its seeds. Raises OSError."""
     for verdict in verdicts:
+        if not verdict.seeds and len(verdict.values) == settings.n_seeds:
+            verdict = replace(verdict, seeds=tuple(range(settings.seed, settings.seed + settings.n_seeds)))
         with writing(_folder(settings) / f"{verdict.key}.json") as partial:
-            partial.write_text(json.dumps({"claim": asdict(verdict.claim), "values": verdict.values}))
+            partial.write_text(json.dumps({"claim": asdict(verdict.claim), "values": verdict.values, "seeds": verdict.seeds}))
     return table(verdicts)
-
-
-def hand_over(verdicts: Sequence[Verdict]) -> None:
-    """Hand a chapter's numbers to the sweep that runs it, which adds a last cell with this call to the chapter."""
-    rows = [{"claim": verdict.key, "nth": i, "value": value if math.isfinite(value) else str(value), "verdict": verdict.word}
-            for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]  # JSON has no NaN
-    display({NUMBERS: rows}, raw=True)
 
 
 def gathered(settings: Settings) -> list[Verdict]:
@@ -129,7 +238,8 @@ def gathered(settings: Settings) -> list[Verdict]:
     for key, claim in CLAIMS.items():
         try:
             book = json.loads((_folder(settings) / f"{key}.json").read_text())
-            found.append(Verdict(claim, tuple(book["values"]) if book["claim"] == asdict(claim) else ()))
+            same = book["claim"] == json.loads(json.dumps(asdict(claim)))  # lists for tuples
+            found.append(Verdict(claim, tuple(book["values"]), tuple(book["seeds"])) if same else Verdict(claim, ()))
         except (OSError, ValueError, KeyError):
             found.append(Verdict(claim, ()))
     return found

@@ -55,6 +55,7 @@ class Settings:
     n_seeds: int | None = None
     bank: str = "glyphs"
     bank_path: str | None = None
+    embedding: str = "auto"
     dim: int = 512
     n_classes: int = 50
     n_test_classes: int = 100
@@ -127,8 +128,8 @@ class Settings:
         """A run of the `nth` seed, counted from 0; lengths and distances are the paper's. The seed gives the weights and the order
         of the data, so that it names one network, however many others are asked for."""
         return RunConfig(
-            bank=BankConfig(name=self.bank, path=self.bank_path, dim=self.dim), clamps=tuple(clamps), init_seed=self.seed + nth,
-            data_seed=self.seed + nth, lr=self.scale.lr, model=self.model,
+            bank=BankConfig(name=self.bank, path=self.bank_path, dim=self.dim, embedding=self.embedding),
+            clamps=tuple(clamps), init_seed=self.seed + nth, data_seed=self.seed + nth, lr=self.scale.lr, model=self.model,
             task=replace(self.task, n_classes=n_classes or self.n_classes, n_labels=n_labels or self.n_labels),
             n_sequences=self.length(length), eval_size=self.scale.eval_size, eval_every=self.every(eval_every),
             heads_every=self.every(heads_every), checkpoint_every=self.every(checkpoint_every))

@@ -18,6 +18,9 @@ from ihbook.chapters.pictures import INK, MUTED, PALETTE, Picture, head_colour, 
 from ihbook.metrics import threshold as threshold_of
 from ihbook.task import EVAL_SETS
 
+VERDICTS = {"differs": "font-weight: 700; color: #a44a00", "direction only": "color: #a44a00", "undecided": "color: #6b6b6b",
+            "check": "color: #6b6b6b", "not tested": "color: #6b6b6b"}  # how a verdict is set in a table; "holds" is plain
+
 _COLOURS = dict(zip((each.name for each in EVAL_SETS), (PALETTE[0], PALETTE[1], PALETTE[4], PALETTE[2]), strict=True))
 _WORDS = {each.name: each.words for each in EVAL_SETS}
 
@@ -44,11 +47,12 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, ga
 
 
 def table(rows: pd.DataFrame, digits: int = 3, *, index: bool = True) -> pd.io.formats.style.Styler:
-    """A table in the book's style: numbers on the right with `digits` decimals, words on the left, "differs" in bold."""
+    """A table in the book's style: numbers on the right with `digits` decimals, words on the left, and the cells that begin with
+    a verdict other than "holds" set apart."""
     styler = rows.style.format(precision=digits, thousands=",", na_rep="–").set_table_attributes('class="dataframe"')
     words = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
     styler = styler.set_properties(**{"text-align": "right"}).set_properties(subset=words, **{"text-align": "left"})
-    styler = styler.map(lambda word: "font-weight: 700; color: #a44a00" if word == "differs" else "", subset=words)
+    styler = styler.map(lambda cell: VERDICTS.get(str(cell).split(" · ")[0], ""), subset=words)
     return styler if index else styler.hide()
 
 
@@ -297,6 +301,45 @@ def sweep(table: pd.DataFrame, varied: Sequence[str], claims: Mapping[str, Any])
         handles = [grid[0].plot([], [], "o-", color=colour, label=f"{hue}={name}")[0] for name, colour in palette.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.alt = f"Against {order[0]}, a panel a claim. " + "; ".join(words) + "."
+    return figure
+
+
+@in_style
+def columns(of_claim: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Picture:
+    """A panel a claim: for each column of evidence, one dot a seed, the median, and its interval as a bar (`claims.Verdict`, in the
+    order of `names`). Shading marks where the claim holds, a dotted line the published number; ▸ counts seeds that never got
+    there."""
+    figure = Picture(figsize=(9.6, (0.55 + 0.33 * len(names)) * len(of_claim) + 0.4))
+    words = []
+    for axes, (title, verdicts) in zip(figure.subplots(len(of_claim), 1, squeeze=False).flatten(), of_claim.items(), strict=True):
+        claim = verdicts[0].claim
+        finite = [v for verdict in verdicts for v in verdict.known if math.isfinite(v)]
+        ends = [*finite, *(x for x in (claim.low, claim.high, claim.published_value) if x is not None and math.isfinite(x))]
+        margin = 0.08 * (max(ends) - min(ends)) or 0.1
+        low, high = min(ends) - margin, max(ends) + margin
+        axes.axvspan(max(low, claim.low), min(high, claim.high), color=PALETTE[2], alpha=0.12, lw=0)
+        if claim.published_value is not None:
+            axes.axvline(claim.published_value, color=INK, ls=":", lw=1.3)
+        for y, verdict in enumerate(verdicts):
+            known = [v for v in verdict.known if math.isfinite(v)]
+            never = verdict.n - len(known)
+            colour = {"holds": PALETTE[2], "differs": PALETTE[3], "direction only": PALETTE[3]}.get(verdict.word, MUTED)
+            shifts = [0.16 * (i % 3 - 1) for i in range(len(known))]  # neighbours stand apart
+            axes.scatter(known, [y + shift for shift in shifts], s=16, color=colour, alpha=0.55, lw=0, zorder=3)
+            if verdict.interval and math.isfinite(verdict.interval[0]):
+                axes.plot([verdict.interval[0], min(high, verdict.interval[1])], [y, y], color=colour, lw=4, alpha=0.45, zorder=2,
+                          solid_capstyle="butt")
+            if known and math.isfinite(verdict.median):
+                axes.plot([verdict.median] * 2, [y - 0.3, y + 0.3], color=colour, lw=2.2, zorder=4)
+            axes.annotate(f"▸{never} " * bool(never) + verdict.word, (1.01, y), xycoords=("axes fraction", "data"), va="center",
+                          fontsize=9, color=colour)
+        axes.set(xlim=(low, high), ylim=(len(verdicts) - 0.4, -0.6), yticks=range(len(names)), xlabel=claim.measure)
+        axes.set_yticklabels(names)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(title)
+        axes.xaxis.label.set_fontsize(9.5)
+        words.append(f"{title}: " + ", ".join(f"{name} {v.measured}, {v.word}" for name, v in zip(names, verdicts, strict=True)))
+    figure.alt = "; ".join(words) + "."
     return figure
 
 

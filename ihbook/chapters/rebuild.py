@@ -1,14 +1,26 @@
-"""A Sphinx extension: every build runs every chapter, since the package may have changed where the page has not."""
+"""A Sphinx extension: every build runs every chapter, since the package may have changed where the page has not. It also puts
+claims.json beside the pages."""
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
+
+
+def _publish(app, error):
+    """Put the claims as the last page of the build found them (`evidence.of_build`) beside the pages."""
+    from ihbook.engine.store import default_root
+
+    found = default_root() / "claims.json"
+    if error is None and app.builder.format == "html" and found.exists():
+        shutil.copy(found, app.outdir)
 
 
 def setup(app):
     """Called by Sphinx. Every notebook counts as outdated; stored runs keep that cheap. Progress goes to this terminal."""
     app.connect("env-get-outdated", lambda app, env, added, changed, removed: [
         name for name in env.found_docs if str(env.doc2path(name)).endswith(".ipynb")])
+    app.connect("build-finished", _publish)
     terminal = f"/proc/{os.getpid()}/fd/2"
     with suppress(OSError):
         terminal = os.ttyname(2)

@@ -25,16 +25,18 @@ from tqdm import tqdm
 
 from ihbook import engine
 from ihbook.chapters import plots
-from ihbook.chapters.claims import CLAIMS, NUMBERS
+from ihbook.chapters.claims import CLAIMS
 from ihbook.engine import cluster
 from ihbook.files import writing
 
-LAST_CELL = "from ihbook.chapters import claims\n\nclaims.hand_over(verdicts)"
+LAST_CELL = "from ihbook.chapters import evidence\n\nevidence.hand_over(verdicts, globals().get('settings'))"
+NUMBERS = "application/vnd.ihbook.numbers+json"  # the type of the output that holds a notebook's numbers
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """One choice of parameters, and the folder of its results: `out.ipynb`, and `numbers.json` once the point is finished."""
+    """One choice of parameters, and the folder of its results: `out.ipynb` and, once the point is finished, `numbers.json` and
+    `claims.json` (of the form of `claims.schema.json`)."""
 
     parameters: dict[str, Any]
     folder: Path
@@ -120,8 +122,11 @@ def sweep(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path, *
                     with writing(point.folder / "out.ipynb") as partial:
                         partial.write_text(executed, encoding="utf-8")
                 if error is None:
-                    with writing(point.folder / "numbers.json") as partial:
-                        partial.write_text(json.dumps(numbers))
+                    if numbers["column"] is not None:
+                        with writing(point.folder / "claims.json") as partial:
+                            partial.write_text(json.dumps(numbers["column"], indent=1, ensure_ascii=False), encoding="utf-8")
+                    with writing(point.folder / "numbers.json") as partial:  # the last: it says that the point is finished
+                        partial.write_text(json.dumps(numbers["rows"]))
                 else:
                     failed[point] = error
                 bar.update()
@@ -205,7 +210,7 @@ def executor_for(processes: int | None = None, scheduler: str | None = None) -> 
         yield None
 
 
-Outcome = tuple[str, list[dict] | None, str | None]  # the executed notebook, its numbers, its error
+Outcome = tuple[str, dict | None, str | None]  # the executed notebook, its numbers (`evidence.hand_over`), its error
 
 
 def _executed(source: str, waiting: Sequence[Point], executor: Executor | None) -> Iterator[tuple[Point, Outcome]]:

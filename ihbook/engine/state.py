@@ -66,7 +66,7 @@ def load_state(folder: Path, family: Sequence[Prepared], device: str | torch.dev
             if load_weights(folder / name).content_digest != digest:
                 raise ValueError(f"the checkpoint {name} is not the one that was written")
         parts: dict[str, Params] = defaultdict(dict)
-        for key in tensors.keys() - {"none"}:
+        for key in sorted(tensors.keys() - {"none"}):
             part, name = key.split("/", 1)
             parts[part][name] = tensors[key].to("cpu" if part == "tables" else device)
         tables = {name: list(rows.split(_lengths_of_equal(rows[:, 1]))) for name, rows in parts.pop("tables", {}).items()}

@@ -1,0 +1,244 @@
+"""The book's evidence: every claim on one bank over many seeds, as a column of numbers with their provenance."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import papermill
+from IPython.display import display
+
+from ihbook import engine
+from ihbook.banks import load_bank
+from ihbook.chapters import sweep
+from ihbook.chapters.claims import CLAIMS, Claim, Verdict, gathered, measured_in_words
+from ihbook.chapters.experiments import Settings
+from ihbook.engine.store import Store, default_root
+from ihbook.files import writing
+
+FORM = 1  # of the files, as claims.schema.json describes it
+TOGETHER = ("10_seeds",)  # chapters whose claims compare networks, so that one notebook has all seeds; others have one each
+RECORDED = ("glyphs", "glyphs-random", "omniglot", "omniglot-random", "gaussian", "authors")  # columns, in the page's order
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """Every claim on one bank: its name, where its numbers come from, and the verdicts in the claims' order."""
+
+    name: str
+    provenance: Mapping[str, Any]
+    verdicts: Sequence[Verdict]
+
+    def __getitem__(self, key: str) -> Verdict:
+        return next(verdict for verdict in self.verdicts if verdict.key == key)
+
+
+def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str | Path, *, name: str | None = None,
+            chapters: Sequence[str] = (), executor: Executor | None = None, progress: bool = True) -> Column:
+    """Run the chapters that test claims, with each of `seeds`, and gather their numbers in a column. `out` keeps what is finished,
+    and the same call goes on from there. `chapters` (such as "03_many_heads") leaves out the others. `executor`: see `sweep.sweep`.
+
+    Raises ValueError for a `book` without such chapters, or fewer than two seeds; RuntimeError where a chapter fails.
+    """
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={list(seeds)}: give at least two different ones; an interval over seeds needs them")
+    notebooks = [path for path in sorted(Path(book).glob("[0-9]*.ipynb"))
+                 if "verdicts = [" in path.read_text(encoding="utf-8") and (not chapters or path.stem in chapters)]
+    if not notebooks:
+        raise ValueError(f"{book} has no chapters that test claims; give the folder of the book's notebooks"
+                         + f", and chapters among them, not {', '.join(chapters)}" * bool(chapters))
+    notebooks.sort(key=lambda path: path.stem not in TOGETHER)  # these train the others' networks too, many at a time
+    found: dict[str, dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))  # by claim and seed
+    for notebook in notebooks:
+        done = sweep.sweep(notebook, _grid(notebook, settings, seeds), Path(out) / notebook.stem, executor=executor,
+                           progress=progress)
+        if done.failed:
+            point, error = next(iter(done.failed.items()))
+            raise RuntimeError(f"{notebook.stem} failed at {len(done.failed)} points, first at {point}: {error.strip()[-2000:]}")
+        by_point = "bank" in done.table and notebook.stem not in TOGETHER
+        for claim, rows in done.table.groupby("claim"):
+            for row in rows.itertuples():
+                # The numbers of one point are of consecutive seeds, unless it has one for all of them.
+                seed = row.seed if by_point else row.seed + row.nth if len(rows) > 1 else None
+                found[claim][seed].append(row.value)
+    return Column(name or column_name(settings), provenance(settings, seeds), [
+        Verdict(claim, *_by_seed(found[key])) for key, claim in CLAIMS.items()])
+
+
+def _grid(notebook: Path, settings: Settings, seeds: Sequence[int]) -> dict[str, list]:
+    """The points of a chapter: every seed with one network, or one point with all; a chapter without a bank has its own seeds."""
+    known = papermill.inspect_notebook(str(notebook))
+    if "bank" not in known:
+        return {}
+    several = notebook.stem in TOGETHER
+    if several and list(seeds) != list(range(min(seeds), max(seeds) + 1)):
+        raise ValueError(f"seeds={list(seeds)}: {notebook.stem} compares consecutive seeds, such as 5:13; or leave it out")
+    asked = {name: getattr(settings, name) for name in (
+        "profile", "bank", "bank_path", "embedding", "dim", "n_classes", "n_test_classes", "n_sequences", "device")}
+    return {name: [value] for name, value in asked.items() if name in known and value is not None} | {
+        "seed": [min(seeds)] if several else list(seeds), "n_seeds": [len(seeds) if several else 1]}
+
+
+def _by_seed(found: Mapping[int | None, Sequence[float]]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """One number per seed, the median where a seed gave several, and the seeds."""
+    seeds = sorted(found, key=lambda seed: -1 if seed is None else seed)
+    values = []
+    for seed in seeds:
+        known = [value for value in found[seed] if not math.isnan(value)]
+        values.append(median(known) if known else math.nan)
+    return tuple(values), tuple(seeds) if None not in seeds else ()
+
+
+def column_name(settings: Settings) -> str:
+    """The name of the column of these settings: the bank, and its embedding where that is not the usual one."""
+    return settings.bank + f"-{settings.embedding}" * (settings.embedding != "auto")
+
+
+def provenance(settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
+    """Where a column's numbers come from: code, data, networks, and the command that measures them again."""
+    bank = load_bank(settings.run().bank)
+    runs = [entry.config["run"] for entry in Store().entries() if entry.config.get("bank", {}).get("digest") == bank.digest]
+    steps = sum(-(-run["n_sequences"] // run["batch_size"]) for run in runs)
+    options = "".join(f" --{name} {value}" for name, value in (
+        ("bank", settings.bank), ("bank-path", settings.bank_path and "FILE"), ("embedding", settings.embedding),
+        ("profile", settings.profile)) if value)
+    return {"ihbook": version("ihbook"), "engine": engine.VERSION, "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+            "settings": {name: value for name, value in asdict(settings).items() if name not in ("device", "bank_path")},
+            "seeds": list(map(int, seeds)),
+            "bank": {"name": settings.bank, "embedding": bank.metadata["embedding"], "source": bank.metadata["source"],
+                     "digest": bank.digest},
+            "stored_runs": len(runs), "run_steps": steps,
+            "command": f"python -m ihbook evidence{options} --seeds {' '.join(map(str, seeds))}"}
+
+
+def commit() -> str | None:
+    """The commit of the package's checkout, with a + where files differ from it; None outside one."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip()[:12] + "+" * bool(git("status", "--porcelain", "--untracked-files=no", ".").strip())
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def as_json(column: Column) -> dict[str, Any]:
+    """A column as claims.schema.json describes it. Numbers that JSON has no word for are "inf", "-inf" and "nan"."""
+    return {"form": FORM, "name": column.name, "provenance": dict(column.provenance),
+            "claims": [_row(verdict) for verdict in column.verdicts]}
+
+
+def hand_over(verdicts: Sequence[Verdict], settings: Settings | None = None) -> None:
+    """Hand a chapter's numbers to the sweep that runs it, which adds a last cell with this call to the chapter. With `settings`,
+    they are handed over as a column too."""
+    rows = [{"claim": verdict.key, "nth": i, "value": _plain(value), "verdict": verdict.word}
+            for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]
+    column = None
+    if settings is not None:
+        seeds = range(settings.seed, settings.seed + settings.n_seeds)
+        column = as_json(Column(column_name(settings), provenance(settings, seeds), verdicts))
+    display({sweep.NUMBERS: {"rows": rows, "column": column}}, raw=True)
+
+
+def _row(verdict: Verdict) -> dict[str, Any]:
+    claim = verdict.claim
+    seeds = verdict.seeds or [None] * len(verdict.values)
+    return {
+        "key": claim.key, "chapter": claim.chapter, "figure": claim.figure, "claim": claim.sentence, "published": claim.published,
+        "source": claim.source, "published_value": claim.published_value, "measure": claim.measure,
+        "low": _plain(claim.low), "high": _plain(claim.high), "direction_low": _plain(claim.direction_low),
+        "direction_high": _plain(claim.direction_high), "why": claim.why, "bounds": list(claim.bounds), "check": claim.check,
+        "refuted_by": claim.refuted_by,
+        "values": [{"seed": seed, "value": _plain(value)} for seed, value in zip(seeds, verdict.values, strict=True)],
+        "n": verdict.n, "median": _plain(verdict.median) if verdict.known else None,
+        "interval": verdict.interval and list(map(_plain, verdict.interval)),
+        "prediction": verdict.prediction and list(map(_plain, verdict.prediction)),
+        "published_inside": verdict.published_inside, "verdict": verdict.word,
+    }
+
+
+def _plain(x: float) -> float | str:
+    return x if math.isfinite(x) else str(x)
+
+
+def write(column: Column, path: str | Path) -> None:
+    """Write a column as JSON, whole or not at all. Raises OSError."""
+    with writing(Path(path)) as partial:
+        partial.write_text(json.dumps(as_json(column), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read(path: str | Path) -> Column:
+    """Read a column. Verdicts are computed from the values by today's claims, so that they follow a bound that changed; a claim
+    that is now measured otherwise has none. Raises ValueError for a file of another form, FileNotFoundError."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        if found["form"] != FORM:
+            raise ValueError(f"form {found['form']}, not {FORM}")
+        rows = {row["key"]: row for row in found["claims"]}
+        verdicts = [_verdict(claim, rows.get(key)) for key, claim in CLAIMS.items()]
+        return Column(found["name"], found["provenance"], verdicts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a column of claims ({error}); write it with python -m ihbook evidence") from error
+
+
+def _verdict(claim: Claim, row: Mapping[str, Any] | None) -> Verdict:
+    if row is None or row["measure"] != claim.measure:
+        return Verdict(claim, ())
+    seeds = tuple(each["seed"] for each in row["values"])
+    return Verdict(claim, tuple(float(each["value"]) for each in row["values"]), seeds if None not in seeds else ())
+
+
+def columns(folder: str | Path) -> list[Column]:
+    """The columns recorded in a folder, in the page's order."""
+    found = [read(path) for path in Path(folder).glob("*.json")]
+    return sorted(found, key=lambda column: (column.name not in RECORDED, RECORDED.index(column.name)
+                                             if column.name in RECORDED else 0, column.name))
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a column."""
+    return json.loads(files("ihbook.chapters").joinpath("claims.schema.json").read_text(encoding="utf-8"))
+
+
+def matrix(every: Sequence[Column]) -> pd.DataFrame:
+    """Claims × columns: the verdict, the median and its interval, and n."""
+    rows = [{"figure": claim.figure, "claim": claim.sentence, "holds if": claim.holds_if,
+             **{column.name: measured_in_words(column[key]) for column in every}} for key, claim in CLAIMS.items()]
+    return pd.DataFrame(rows)
+
+
+def of_build(settings: Settings) -> Column:
+    """The column of the build at hand, from what its chapters recorded. It is also written to the default store as claims.json,
+    from where the build takes it."""
+    column = Column("this build", provenance(settings, range(settings.seed, settings.seed + settings.n_seeds)), gathered(settings))
+    write(column, default_root() / "claims.json")
+    return column
+
+
+def disagreements(every: Sequence[Column]) -> dict[str, dict[str, str]]:
+    """The claims on which columns that decide disagree: the verdict by column. One that is undecided or untested has no say."""
+    found = {}
+    for key in CLAIMS:
+        words = {column.name: column[key].word for column in every}
+        decided = {name: word for name, word in words.items() if word not in ("undecided", "not tested")}
+        if len(set(decided.values())) > 1:
+            found[key] = decided
+    return found
+
+
+def counts(column: Column) -> dict[str, int]:
+    """How many claims have each verdict."""
+    words = [verdict.word for verdict in column.verdicts]
+    return {word: words.count(word) for word in dict.fromkeys(words)}

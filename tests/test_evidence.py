@@ -1,0 +1,180 @@
+"""Evidence: intervals, verdicts, columns in files, and the recorded columns."""
+
+import json
+import math
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from conftest import DATA
+
+from ihbook.__main__ import main
+from ihbook.chapters import claims, evidence
+from ihbook.chapters.claims import Claim, Verdict, judge
+from ihbook.chapters.experiments import Settings
+
+BOOK = Path(__file__).parents[1] / "book"
+AT_MOST_1 = Claim("x", "–", "It is at most 1", "", "a number", high=1.0, direction_high=2.0)
+
+
+@pytest.mark.parametrize("values, word", [
+    ([0.8, 0.9, 0.95], "holds"), ([0.8, 0.9, 1.2], "undecided"), ([1.1, 1.2, 1.3], "direction only"), ([1.1, 1.2, 2.3], "differs"),
+    ([3, 4, 5], "differs"), ([0.9], "holds"), ([1.5], "direction only"), ([math.nan, 2.5], "differs"), ([math.nan], "not tested"),
+    ([1.1, 1.2, math.inf], "differs"), ([0.9, 0.9, 0.9], "holds"), ([0.9, math.inf, math.inf], "undecided")])
+def test_the_whole_interval_decides(values, word):
+    assert judge(AT_MOST_1, values).word == word
+    mirrored = Claim("y", "–", "", "", "", low=-1.0, direction_low=-2.0)
+    assert judge(mirrored, [-v for v in values]).word == word
+    checked = replace(AT_MOST_1, check=True)
+    assert judge(checked, values).word == ("check" if word == "holds" else word)
+
+
+def test_an_interval_is_of_the_median_over_seeds():
+    """Compared with every one of the 3^3 equally likely samples of three, and with what the statistics say for many seeds."""
+    assert judge(AT_MOST_1, [3.0, 1.0, 2.0]).interval == (1.0, 3.0)  # a median is the least with a chance of 7 in 27
+    rng = np.random.default_rng(0)
+    covered = [low <= 0 <= high for low, high in (judge(AT_MOST_1, list(rng.standard_normal(15))).interval for _ in range(300))]
+    assert 0.90 < np.mean(covered) <= 1.0
+    assert judge(AT_MOST_1, [2.0]).interval is None and judge(AT_MOST_1, [2.0, 2.0]).interval == (2.0, 2.0)
+    assert judge(AT_MOST_1, [1.0, math.inf, math.inf]).interval == (1.0, math.inf)
+
+
+def test_a_prediction_interval_holds_one_more_run():
+    rng = np.random.default_rng(1)
+    draws = rng.normal(5, 2, (4000, 9))
+    inside = [low <= row[-1] <= high for row in draws for low, high in [Verdict(AT_MOST_1, tuple(row[:-1])).prediction]]
+    assert abs(np.mean(inside) - 0.95) < 0.012
+    verdict = Verdict(replace(AT_MOST_1, published_value=1.0), (1.0, 1.2, 0.9))
+    assert verdict.published_inside is True and judge(AT_MOST_1, [1.0, 1.2]).published_inside is None
+    assert Verdict(replace(AT_MOST_1, published_value=9.0), (1.0, 1.2, 0.9)).published_inside is False
+
+
+def test_how_many_seeds_would_decide():
+    assert judge(AT_MOST_1, [0.8, 0.9, 0.95]).n_needed is None
+    few = judge(AT_MOST_1, [0.7, 0.8, 0.85, 0.9, 0.97, 1.1, 1.15])
+    assert few.word == "undecided" and few.n_needed > few.n
+
+
+def test_the_best_of_several_guessers():
+    rng = np.random.default_rng(2)
+    best = rng.binomial(40, 0.5, (20_000, 7)).max(1) / 40
+    limit = claims.best_guesser(40, 7)
+    assert np.mean(best <= limit) >= 0.95 and np.mean(best <= limit - 1 / 40) < 0.95
+    assert claims.best_guesser(2, 7) == 1.0 and math.isnan(claims.best_guesser(0, 7))
+
+
+def test_seeds_without_a_number_are_named():
+    assert judge("pt-faster", [0.5, math.inf, math.nan], seeds=[5, 6, 7]).without == [6, 7]
+    with pytest.raises(ValueError, match="2 numbers and 1 seeds"):
+        judge("pt-faster", [0.5, 0.6], seeds=[5])
+
+
+def test_every_claim_says_why_since_when_and_what_refutes_it():
+    for claim in claims.CLAIMS.values():
+        assert claim.why and claim.source in ("printed", "read off the figure", "a sentence") and claim.refuted_by
+        assert (BOOK / f"{claim.chapter}.ipynb").exists() and f'\\"{claim.key}\\"' in (BOOK / f"{claim.chapter}.ipynb").read_text()
+        assert claim.bounds and claim.bounds == tuple(sorted(claim.bounds, key=lambda line: line[:10]))
+        assert f": {claim.holds_if}" in claim.bounds[-1]  # a bound that changes gets a dated line
+        assert claim.direction_low <= claim.low or not claim.has_direction or claim.low == -math.inf
+        assert claim.direction_high >= claim.high or not claim.has_direction or claim.high == math.inf
+
+
+def some_column():
+    values = {"plateau": (0.7, 0.75, math.nan), "all-pt": (0.8, math.inf, 0.9), "seeds-change": (1.0,)}
+    return evidence.Column("mine", evidence.provenance(Settings("quick"), [5, 6, 7]), [
+        Verdict(claim, values.get(key, ()), (5, 6, 7) if len(values.get(key, ())) == 3 else ())
+        for key, claim in claims.CLAIMS.items()])
+
+
+def test_a_column_is_written_as_the_schema_says_and_read_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
+    column = some_column()
+    evidence.write(column, tmp_path / "mine.json")
+    found = json.loads((tmp_path / "mine.json").read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    jsonschema.validate(found, evidence.schema())
+    jsonschema.Draft202012Validator.check_schema(evidence.schema())
+    again = evidence.read(tmp_path / "mine.json")
+    assert again.provenance == found["provenance"] and found["provenance"]["bank"]["digest"]
+    for a, b in zip(column.verdicts, again.verdicts, strict=True):
+        assert a.key == b.key and a.seeds == b.seeds and repr(a.values) == repr(b.values) and a.word == b.word
+    row = next(row for row in found["claims"] if row["key"] == "all-pt")
+    assert row["values"][1] == {"seed": 6, "value": "inf"} and row["n"] == 3 and row["verdict"] == column["all-pt"].word
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**found, "claims": [{**row, "verdict": "perhaps"}]}, evidence.schema())
+
+
+def test_a_column_follows_the_claims_of_today(tmp_path, monkeypatch):
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
+    evidence.write(some_column(), tmp_path / "mine.json")
+    monkeypatch.setitem(claims.CLAIMS, "plateau", replace(claims.CLAIMS["plateau"], low=0.72))
+    monkeypatch.setitem(claims.CLAIMS, "all-pt", replace(claims.CLAIMS["all-pt"], measure="another number"))
+    found = evidence.read(tmp_path / "mine.json")
+    assert found["plateau"].word == "undecided" and found["all-pt"].word == "not tested"
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"form": 99, "claims": []}', '{"form": 1, "name": "x", "provenance": {}, "claims": [1]}'])
+def test_a_file_that_is_no_column_is_named(tmp_path, content):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x\.json is not a column of claims.*python -m ihbook evidence"):
+        evidence.read(tmp_path / "x.json")
+
+
+def test_where_columns_disagree():
+    a = evidence.Column("a", {}, [judge(key, claim.low if math.isfinite(claim.low) else claim.high)
+                                  for key, claim in claims.CLAIMS.items()])
+    b = evidence.Column("b", {}, [replace(v, values=(99.0,)) if v.key in ("plateau", "redundant") else v for v in a.verdicts])
+    found = evidence.disagreements([a, b])
+    assert found == {"plateau": {"a": "holds", "b": "differs"}, "redundant": {"a": "holds", "b": "differs"}}
+    assert evidence.matrix([a, b]).shape == (len(claims.CLAIMS), 5)
+    assert evidence.counts(a) == {"holds": len(claims.CLAIMS) - 2, "check": 2}
+
+
+RECORDED = sorted((BOOK / "evidence").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_a_recorded_column_is_whole(path):
+    found = json.loads(path.read_text())
+    jsonschema.validate(found, evidence.schema())
+    assert found["name"] == path.stem and found["provenance"]["settings"]["profile"] == "paper"
+    assert len(found["provenance"]["seeds"]) >= 8 and found["provenance"]["run_steps"] > 1e6
+    column = evidence.read(path)
+    for row, verdict in zip(found["claims"], column.verdicts, strict=True):
+        if verdict.known:
+            assert row["verdict"] == verdict.word and row["median"] in (statistics.median(verdict.known), "inf")
+
+
+def test_bad_questions_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
+    for words, message in ((["--seeds", "5"], "at least two"), (["--seeds", "5", "5"], "at least two"), (["--book", str(tmp_path)], "no chapters"),
+                           (["--chapters", "99_none"], "99_none"), (["--dim", "64"], "dim=64.*embedding='random'"),
+                           (["--bank", "authors", "--bank-path", "/nowhere.h5"], "/nowhere.h5"),
+                           (["--seeds", "5", "7", "--chapters", "10_seeds"], "consecutive")):
+        with pytest.raises(SystemExit) as stop:
+            main(["evidence", "--profile", "quick", "--book", str(BOOK), "--out", str(tmp_path / "x.json"), *words])
+        assert stop.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_part_of_a_column_is_measured_again(tmp_path, monkeypatch):
+    """By the command, at the quick profile, and compared with what it gave before; a second call runs nothing."""
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
+    asked = ["evidence", "--profile", "quick", "--seeds", "5", "6", "--chapters", "02_phase_change", "--book", str(BOOK), "--out",
+             str(tmp_path / "quick.json")]
+    assert main(asked) == 0
+    found, before = evidence.read(tmp_path / "quick.json"), evidence.read(DATA / "quick_column.json")
+    assert found.provenance["bank"] == before.provenance["bank"]
+    compared = 0
+    for verdict in before.verdicts:
+        if verdict.known:
+            assert found[verdict.key].seeds == verdict.seeds == (5, 6)
+            np.testing.assert_allclose(found[verdict.key].values, verdict.values, rtol=0.1, atol=0.01)  # machines round differently
+            compared += 1
+    assert compared == 8
+    monkeypatch.setattr(evidence.sweep, "execute", lambda *args: pytest.fail("a finished point was run again"))
+    assert main(asked) == 0

@@ -164,7 +164,8 @@ def test_bad_questions_are_refused_before_any_work(tmp_path, capsys, monkeypatch
 def test_a_part_of_a_column_is_measured_again(tmp_path, monkeypatch):
     """By the command, at the quick profile, and compared with what it gave before; a second call runs nothing."""
     monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
-    asked = ["evidence", "--profile", "quick", "--seeds", "5", "6", "--chapters", "02_phase_change", "--book", str(BOOK), "--out",
+    asked = ["evidence", "--profile", "quick", "--seeds", "5", "6", "--chapters", "02_phase_change", "06_toy_model",
+             "--book", str(BOOK), "--out",
              str(tmp_path / "quick.json")]
     assert main(asked) == 0
     found, before = evidence.read(tmp_path / "quick.json"), evidence.read(DATA / "quick_column.json")
@@ -172,9 +173,9 @@ def test_a_part_of_a_column_is_measured_again(tmp_path, monkeypatch):
     compared = 0
     for verdict in before.verdicts:
         if verdict.known:
-            assert found[verdict.key].seeds == verdict.seeds == (5, 6)
-            np.testing.assert_allclose(found[verdict.key].values, verdict.values, rtol=0.1, atol=0.01)  # machines round differently
+            assert found[verdict.key].seeds == verdict.seeds == ((5, 6) if len(verdict.values) == 2 else tuple(range(1, 11)))
+            np.testing.assert_allclose(found[verdict.key].values, verdict.values, rtol=0.25, atol=0.02)  # machines round differently
             compared += 1
-    assert compared == 8
+    assert compared == 11
     monkeypatch.setattr(evidence.sweep, "execute", lambda *args: pytest.fail("a finished point was run again"))
     assert main(asked) == 0

@@ -15,7 +15,7 @@ from ihbook.files import sha256
 
 WIDTHS = (32, 64, 128, 512)  # channels of the four convolutions, 3x3; each is followed by a ReLU, the first three by a max-pool
 GRID = 2**-8  # activations are rounded to multiples of this
-TOGETHER = 256  # images embedded at once
+TOGETHER = 16  # images embedded at once: as many as the caches hold
 KINDS = ("glyphs", "omniglot")  # what an encoder was trained on
 GLYPH_SEED = 19_930_212  # of the glyphs that trained and judged the encoder: no bank is drawn with it
 

@@ -116,7 +116,7 @@ def one_shot(features: Tensor, n_ways: int = 20, n_trials: int = 2000) -> float:
 
 def judge(numbers: dict[str, Tensor], images: Tensor) -> tuple[float, float]:
     """The one-shot accuracy of an encoder on unseen characters, and the factor that makes its features' mean square 1."""
-    features = torch.cat([encoder.encode(part, numbers) for part in images.reshape(-1, SIDE, SIDE).split(256)])
+    features = torch.cat([encoder.encode(part, numbers) for part in images.reshape(-1, SIDE, SIDE).split(encoder.TOGETHER)])
     return one_shot(features.unflatten(0, images.shape[:2])), float(features.square().mean().rsqrt())
 
 

@@ -81,7 +81,7 @@ def _grid(notebook: Path, settings: Settings, seeds: Sequence[int]) -> dict[str,
     """The points of a chapter: every seed with one network, or one point with all; a chapter without a bank has its own seeds."""
     known = papermill.inspect_notebook(str(notebook))
     if "bank" not in known:
-        return {}
+        return {"seed": [int(known["seed"]["default"])]}
     several = notebook.stem in TOGETHER
     if several and list(seeds) != list(range(min(seeds), max(seeds) + 1)):
         raise ValueError(f"seeds={list(seeds)}: {notebook.stem} compares consecutive seeds, such as 5:13; or leave it out")
@@ -236,6 +236,21 @@ def disagreements(every: Sequence[Column]) -> dict[str, dict[str, str]]:
         if len(set(decided.values())) > 1:
             found[key] = decided
     return found
+
+
+def missing(every: Sequence[Column]) -> pd.DataFrame:
+    """The seeds that gave a claim no number, or never got there, by claim and column."""
+    return pd.DataFrame([(verdict.claim.figure, verdict.claim.sentence, column.name, ", ".join(map(str, verdict.without)))
+                         for column in every for verdict in column.verdicts if verdict.known and verdict.without],
+                        columns=["figure", "claim", "column", "seeds without a number"])
+
+
+def undecided(every: Sequence[Column]) -> pd.DataFrame:
+    """The undecided claims, by column: what was measured, and about how many seeds would decide."""
+    return pd.DataFrame([(verdict.claim.figure, verdict.claim.sentence, column.name, verdict.measured, verdict.claim.holds_if,
+                          verdict.n, verdict.n_needed)
+                         for column in every for verdict in column.verdicts if verdict.word == "undecided"],
+                        columns=["figure", "claim", "column", "measured", "holds if", "n", "n needed"]).astype({"n needed": "Int64"})
 
 
 def counts(column: Column) -> dict[str, int]:

@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     column.add_argument("--profile", default="paper", choices=["paper", "quick"])
     column.add_argument("--n-sequences", type=int, help="length of the main run (default: the profile's)")
     column.add_argument("--device", default="cpu")
-    column.add_argument("--chapters", nargs="+", default=[], metavar="NAME", help="only these, such as 03_many_heads")
+    column.add_argument("--chapters", nargs="+", default=[], metavar="NAME",
+                        help="only these, such as 03_many_heads; the file keeps what it has of others")
     column.add_argument("--book", default="book", help="the folder of the book's notebooks")
     column.add_argument("--name", help="of the column (default: the bank, and its embedding where that is not auto)")
     column.add_argument("--out", help="the file (default: evidence/NAME.json in the book's folder)")
@@ -74,6 +75,8 @@ def _evidence(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         with sweep.executor_for(options.processes, options.scheduler) as executor:
             column = evidence.measure(options.book, settings, seeds, default_root() / "evidence" / name, name=name,
                                       chapters=options.chapters, executor=executor)
+        if options.chapters and out.exists():
+            column = evidence.merged(evidence.read(out), column)
         evidence.write(column, out)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         parser.exit(2, f"{error}\n")

@@ -116,6 +116,19 @@ def test_a_column_follows_the_claims_of_today(tmp_path, monkeypatch):
     assert found["plateau"].word == "undecided" and found["all-pt"].word == "not tested"
 
 
+def test_some_chapters_can_have_more_seeds(tmp_path, monkeypatch):
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
+    old = some_column()
+    more = [Verdict(claim, (0.7,) * 4 if key == "plateau" else (), (5, 6, 7, 8) if key == "plateau" else ())
+            for key, claim in claims.CLAIMS.items()]
+    new = evidence.Column("mine", evidence.provenance(Settings("quick"), [5, 6, 7, 8], ["02_phase_change"]), more)
+    both = evidence.merged(old, new)
+    assert both["plateau"].n == 4 and both["all-pt"] == old["all-pt"] and both.provenance["seeds"] == [5, 6, 7, 8]
+    assert both.provenance["command"].endswith("--seeds 5 6 7 8 --chapters 02_phase_change")
+    with pytest.raises(ValueError, match="mine: the column that is there is of another bank"):
+        evidence.merged(replace(old, provenance={**old.provenance, "bank": {"digest": "0"}}), new)
+
+
 @pytest.mark.parametrize("content", ["", "{}", '{"form": 99, "claims": []}', '{"form": 1, "name": "x", "provenance": {}, "claims": [1]}'])
 def test_a_file_that_is_no_column_is_named(tmp_path, content):
     (tmp_path / "x.json").write_text(content)

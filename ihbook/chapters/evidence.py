@@ -73,8 +73,20 @@ def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str
                 # The numbers of one point are of consecutive seeds, unless it has one for all of them.
                 seed = row.seed if by_point else row.seed + row.nth if len(rows) > 1 else None
                 found[claim][seed].append(row.value)
-    return Column(name or column_name(settings), provenance(settings, seeds), [
+    return Column(name or column_name(settings), provenance(settings, seeds, chapters), [
         Verdict(claim, *_by_seed(found[key])) for key, claim in CLAIMS.items()])
+
+
+def merged(old: Column, new: Column) -> Column:
+    """The new column, with the old one's verdicts on the claims that the new one did not measure, so that some chapters can have
+    more seeds than others. Raises ValueError where they are of different banks or engines."""
+    for name, of in (("bank", lambda column: column.provenance["bank"]["digest"]), ("engine", lambda c: c.provenance["engine"])):
+        if of(old) != of(new):
+            raise ValueError(f"{old.name}: the column that is there is of another {name} ({of(old)}, not {of(new)}); measure all "
+                             "chapters, or choose another file for out")
+    provenance = {**new.provenance, "seeds": sorted({*old.provenance["seeds"], *new.provenance["seeds"]}),
+                  "command": f"{old.provenance['command']}; {new.provenance['command']}"}
+    return Column(new.name, provenance, [verdict if verdict.values else old[verdict.key] for verdict in new.verdicts])
 
 
 def _grid(notebook: Path, settings: Settings, seeds: Sequence[int]) -> dict[str, list]:
@@ -106,7 +118,7 @@ def column_name(settings: Settings) -> str:
     return settings.bank + f"-{settings.embedding}" * (settings.embedding != "auto")
 
 
-def provenance(settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
+def provenance(settings: Settings, seeds: Sequence[int], chapters: Sequence[str] = ()) -> dict[str, Any]:
     """Where a column's numbers come from: code, data, networks, and the command that measures them again."""
     bank = load_bank(settings.run().bank)
     runs = [entry.config["run"] for entry in Store().entries() if entry.config.get("bank", {}).get("digest") == bank.digest]
@@ -120,7 +132,8 @@ def provenance(settings: Settings, seeds: Sequence[int]) -> dict[str, Any]:
             "bank": {"name": settings.bank, "embedding": bank.metadata["embedding"], "source": bank.metadata["source"],
                      "digest": bank.digest},
             "stored_runs": len(runs), "run_steps": steps,
-            "command": f"python -m ihbook evidence{options} --seeds {' '.join(map(str, seeds))}"}
+            "command": f"python -m ihbook evidence{options} --seeds {' '.join(map(str, seeds))}"
+                       + f" --chapters {' '.join(chapters)}" * bool(chapters)}
 
 
 def commit() -> str | None:
@@ -247,10 +260,10 @@ def missing(every: Sequence[Column]) -> pd.DataFrame:
 
 def undecided(every: Sequence[Column]) -> pd.DataFrame:
     """The undecided claims, by column: what was measured, and about how many seeds would decide."""
-    return pd.DataFrame([(verdict.claim.figure, verdict.claim.sentence, column.name, verdict.measured, verdict.claim.holds_if,
-                          verdict.n, verdict.n_needed)
-                         for column in every for verdict in column.verdicts if verdict.word == "undecided"],
-                        columns=["figure", "claim", "column", "measured", "holds if", "n", "n needed"]).astype({"n needed": "Int64"})
+    rows = [(verdict.claim.figure, verdict.claim.sentence, column.name, verdict.measured, verdict.claim.holds_if, verdict.n,
+             verdict.n_needed) for column in every for verdict in column.verdicts if verdict.word == "undecided"]
+    names = ["figure", "claim", "column", "measured", "holds if", "n", "n needed"]
+    return pd.DataFrame(rows, columns=names).astype({"n needed": "Int64"})
 
 
 def counts(column: Column) -> dict[str, int]:

@@ -183,6 +183,10 @@ def test_a_part_of_a_column_is_measured_again(tmp_path, monkeypatch):
     assert main(asked) == 0
     found, before = evidence.read(tmp_path / "quick.json"), evidence.read(DATA / "quick_column.json")
     assert found.provenance["bank"] == before.provenance["bank"]
+    points = [json.loads(path.read_text()) for path in (tmp_path / "evidence" / "glyphs").rglob("claims.json")]
+    assert len(points) == 3  # two seeds, and the toy model's ten draws
+    for point in points:  # what every sweep writes
+        jsonschema.validate(point, evidence.schema())
     compared = 0
     for verdict in before.verdicts:
         if verdict.known:

@@ -103,7 +103,7 @@ GRID = {"x": [1, 4], "seed": [0, 1]}
 
 
 def expected(grid=GRID):
-    return [(x, seed, nth, value, "differs" if seed else "holds")
+    return [(x, seed, nth, value, "undecided" if seed else "holds")
             for x in grid["x"] for seed in grid["seed"] for nth, value in enumerate((x / 1000, x / 10_000 + seed))]
 
 

@@ -127,7 +127,8 @@ def provenance(settings: Settings, seeds: Sequence[int], chapters: Sequence[str]
         ("bank", settings.bank), ("bank-path", settings.bank_path and "FILE"), ("embedding", settings.embedding),
         ("profile", settings.profile)) if value)
     return {"ihbook": version("ihbook"), "engine": engine.VERSION, "commit": commit(), "date": time.strftime("%Y-%m-%d"),
-            "settings": {name: value for name, value in asdict(settings).items() if name not in ("device", "bank_path")},
+            "settings": {name: value for name, value in asdict(settings).items()
+                         if name not in ("device", "bank_path", "seed", "n_seeds")},
             "seeds": list(map(int, seeds)),
             "bank": {"name": settings.bank, "embedding": bank.metadata["embedding"], "source": bank.metadata["source"],
                      "digest": bank.digest},

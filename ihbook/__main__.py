@@ -2,6 +2,7 @@
 every claim on a bank, over many seeds."""
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -120,4 +121,5 @@ def _list(where: Store) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the processes of a sweep end with it
     sys.exit(main())

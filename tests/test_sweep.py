@@ -14,6 +14,7 @@ from dataclasses import replace
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -169,6 +170,26 @@ def test_an_interrupt_keeps_what_is_finished(notebook, tmp_path, monkeypatch):
         sweep.sweep(notebook, GRID, tmp_path / "out", progress=False)
     assert len(rows(pd.read_parquet(tmp_path / "out/numbers.parquet"))) == 2
     assert "1 of 4 points" in (tmp_path / "out/index.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_sweep_in_processes_ends_all_of_them(notebook, tmp_path, number):
+    (wait := tmp_path / "wait").mkdir()
+    sweeping = subprocess.Popen([sys.executable, "-m", "ihbook", "sweep", str(notebook), "-p", "x", "1", "4", "-p", "wait", str(wait),
+                                 "--processes", "2", "--out", str(tmp_path / "out")], stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if len(list(wait.iterdir())) == 2:  # the chapters run, and wait
+            break
+        time.sleep(0.1)
+    started = psutil.Process(sweeping.pid).children(recursive=True)
+    assert len(started) >= 4  # two processes and their kernels
+    sweeping.send_signal(number)
+    assert sweeping.wait(30) != 0
+    _, alive = psutil.wait_procs(started, timeout=30)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_a_place_that_cannot_be_written_is_named_before_anything_runs(notebook, tmp_path, monkeypatch):

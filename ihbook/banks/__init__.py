@@ -15,7 +15,6 @@ from ihbook.banks import embeddings, encoder, glyphs
 from ihbook.banks.authors import load_authors
 from ihbook.banks.downloads import cache_dir
 from ihbook.banks.embeddings import RANDOM, random_features
-from ihbook.banks.encoder import learnt_features
 from ihbook.banks.glyphs import SIDE, draw_glyphs
 from ihbook.banks.omniglot import load_omniglot
 from ihbook.checks import one_of
@@ -94,7 +93,7 @@ def _glyphs(config: BankConfig):
         if config.embedding == "random":
             return {"images": images,
                     "features": random_features(images, config.dim, reference=draw_glyphs(REFERENCE, 1, config.seed))}
-        return {"images": images, "features": learnt_features(images, config.dim, "glyphs")}
+        return {"images": images, "features": encoder.learnt_features(images, config.dim, "glyphs")}
 
     how = RANDOM if config.embedding == "random" else encoder.described("glyphs")
     code = b"".join(Path(file).read_bytes() for file in (__file__, glyphs.__file__, embeddings.__file__, encoder.__file__))

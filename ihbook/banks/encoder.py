@@ -15,7 +15,7 @@ from ihbook.files import sha256
 
 WIDTHS = (32, 64, 128, 512)  # channels of the four convolutions, 3x3; each is followed by a ReLU, the first three by a max-pool
 GRID = 2**-8  # activations are rounded to multiples of this
-TOGETHER = 16  # images embedded at once: as many as the caches hold
+TOGETHER = 16  # images embedded at once; more would not fit a core's caches
 KINDS = ("glyphs", "omniglot")  # what an encoder was trained on
 GLYPH_SEED = 19_930_212  # of the glyphs that trained and judged the encoder: no bank is drawn with it
 
@@ -47,13 +47,17 @@ def learnt_features(images: Tensor, dim: int, kind: str) -> Tensor:
     if dim != WIDTHS[-1]:
         raise ValueError(f"dim={dim} but the learnt encoder has {WIDTHS[-1]}; set dim={WIDTHS[-1]} or embedding='random'")
     numbers, record = load(kind)
-    encoded = torch.cat([encode(part, numbers) for part in images.reshape(-1, SIDE, SIDE).split(TOGETHER)])
-    return (encoded * float(record["scale"])).float().unflatten(0, images.shape[:-2])
+    return (encode(images, numbers) * float(record["scale"])).float()
 
 
 @torch.no_grad()
 def encode(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
-    """Features before scaling (sums over places), float64 `[image, 512]`, of images uint8 `[image, 28, 28]`."""
+    """Features before scaling (sums over places), float64 `[..., 512]`, of images uint8 `[..., 28, 28]`."""
+    parts = [_encode(part, numbers) for part in images.reshape(-1, SIDE, SIDE).split(TOGETHER)]
+    return torch.cat(parts).unflatten(0, images.shape[:-2])
+
+
+def _encode(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
     x = images[:, None].double() / 256
     for i in range(len(WIDTHS)):
         if i:

@@ -41,10 +41,9 @@ REMEDY = "give images_background.zip or images_evaluation.zip, a folder with the
 
 @dataclass(frozen=True)
 class Pages:
-    """Images uint8 `[class, exemplar, side, side]` as scanned, dark ink on 255; the name of each class; and their provenance."""
+    """Images uint8 `[class, exemplar, side, side]` as scanned, dark ink on 255, and their provenance."""
 
     pages: np.ndarray
-    classes: list[str]
     provenance: dict
 
     def small(self) -> torch.Tensor:
@@ -103,8 +102,8 @@ def read_pages(path: str | None, n_exemplars: int, n_classes: int | None = None,
                              "images_evaluation.zip too, or choose embedding='random'")
         if seed is not None:
             names = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-        pages = None
-        for row, key in enumerate(names := names[:n_classes]):
+        names, pages = names[:n_classes], None
+        for row, key in enumerate(names):
             what, drawers = "/".join(key), sorted(drawings[key])
             if len(drawers) < n_exemplars:
                 raise ValueError(f"n_exemplars={n_exemplars} but {what} has {len(drawers)}; ask for fewer")
@@ -117,9 +116,8 @@ def read_pages(path: str | None, n_exemplars: int, n_classes: int | None = None,
                                      "images of one size")
                 pages[row, slot] = page
     archives = {source.name: sha256(source) for source in sources if source.is_file()}
-    classes = ["/".join(key) for key in names]
-    return Pages(pages, classes, {"source": ", ".join(source.name for source in sources), "archives_sha256": archives,
-                                  "images_sha256": hashlib.sha256(pages).hexdigest(), "classes": classes})
+    return Pages(pages, {"source": ", ".join(source.name for source in sources), "archives_sha256": archives,
+                         "images_sha256": hashlib.sha256(pages).hexdigest(), "classes": ["/".join(key) for key in names]})
 
 
 def _list_drawings(source: Path, stack: ExitStack) -> list[tuple[str, Callable[[], bytes]]]:

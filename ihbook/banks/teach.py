@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ihbook.banks import encoder
-from ihbook.banks.glyphs import SIDE, draw_glyphs
+from ihbook.banks.glyphs import draw_glyphs
 from ihbook.banks.omniglot import BACKGROUND, read_pages
 
 N_GLYPHS, N_DRAWINGS = 1_200, 20
@@ -116,8 +116,8 @@ def one_shot(features: Tensor, n_ways: int = 20, n_trials: int = 2000) -> float:
 
 def judge(numbers: dict[str, Tensor], images: Tensor) -> tuple[float, float]:
     """The one-shot accuracy of an encoder on unseen characters, and the factor that makes its features' mean square 1."""
-    features = torch.cat([encoder.encode(part, numbers) for part in images.reshape(-1, SIDE, SIDE).split(encoder.TOGETHER)])
-    return one_shot(features.unflatten(0, images.shape[:2])), float(features.square().mean().rsqrt())
+    features = encoder.encode(images, numbers)
+    return one_shot(features), float(features.square().mean().rsqrt())
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -226,7 +226,7 @@ def record(verdicts: Sequence[Verdict], settings: Settings) -> pd.DataFrame:
     for each of the settings' networks, they are in the order of its seeds. Raises OSError."""
     for verdict in verdicts:
         if not verdict.seeds and len(verdict.values) == settings.n_seeds:
-            verdict = replace(verdict, seeds=tuple(range(settings.seed, settings.seed + settings.n_seeds)))
+            verdict = replace(verdict, seeds=tuple(settings.seeds))
         with writing(_folder(settings) / f"{verdict.key}.json") as partial:
             partial.write_text(json.dumps({"claim": asdict(verdict.claim), "values": verdict.values, "seeds": verdict.seeds}))
     return table(verdicts)

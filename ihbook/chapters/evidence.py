@@ -29,7 +29,7 @@ from ihbook.engine.store import Store, default_root
 from ihbook.files import writing
 
 FORM = 1  # of the files, as claims.schema.json describes it
-TOGETHER = ("10_seeds",)  # chapters whose claims compare networks, so that one notebook has all seeds; others have one each
+COMPARE_SEEDS = ("10_seeds",)  # chapters whose claims compare networks, so that one notebook has all seeds; others have one each
 RECORDED = ("glyphs", "glyphs-random", "omniglot", "omniglot-random", "gaussian", "authors")  # columns, in the page's order
 
 
@@ -59,7 +59,7 @@ def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str
     if not notebooks:
         raise ValueError(f"{book} has no chapters that test claims; give the folder of the book's notebooks"
                          + f", and chapters among them, not {', '.join(chapters)}" * bool(chapters))
-    notebooks.sort(key=lambda path: path.stem not in TOGETHER)  # these train the others' networks too, many at a time
+    notebooks.sort(key=lambda path: path.stem not in COMPARE_SEEDS)  # these train the others' networks too, many at a time
     found: dict[str, dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))  # by claim and seed
     for notebook in notebooks:
         done = sweep.sweep(notebook, _grid(notebook, settings, seeds), Path(out) / notebook.stem, executor=executor,
@@ -67,7 +67,7 @@ def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str
         if done.failed:
             point, error = next(iter(done.failed.items()))
             raise RuntimeError(f"{notebook.stem} failed at {len(done.failed)} points, first at {point}: {error.strip()[-2000:]}")
-        by_point = "bank" in done.table and notebook.stem not in TOGETHER
+        by_point = "bank" in done.table and notebook.stem not in COMPARE_SEEDS
         for claim, rows in done.table.groupby("claim"):
             for row in rows.itertuples():
                 # The numbers of one point are of consecutive seeds, unless it has one for all of them.
@@ -94,7 +94,7 @@ def _grid(notebook: Path, settings: Settings, seeds: Sequence[int]) -> dict[str,
     known = papermill.inspect_notebook(str(notebook))
     if "bank" not in known:
         return {"seed": [int(known["seed"]["default"])]}
-    several = notebook.stem in TOGETHER
+    several = notebook.stem in COMPARE_SEEDS
     if several and list(seeds) != list(range(min(seeds), max(seeds) + 1)):
         raise ValueError(f"seeds={list(seeds)}: {notebook.stem} compares consecutive seeds, such as 5:13; or leave it out")
     asked = {name: getattr(settings, name) for name in (
@@ -161,8 +161,7 @@ def hand_over(verdicts: Sequence[Verdict], settings: Settings | None = None) -> 
             for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]
     column = None
     if settings is not None:
-        seeds = range(settings.seed, settings.seed + settings.n_seeds)
-        column = as_json(Column(column_name(settings), provenance(settings, seeds), verdicts))
+        column = as_json(Column(column_name(settings), provenance(settings, settings.seeds), verdicts))
     display({sweep.NUMBERS: {"rows": rows, "column": column}}, raw=True)
 
 
@@ -217,8 +216,8 @@ def _verdict(claim: Claim, row: Mapping[str, Any] | None) -> Verdict:
 def columns(folder: str | Path) -> list[Column]:
     """The columns recorded in a folder, in the page's order."""
     found = [read(path) for path in Path(folder).glob("*.json")]
-    return sorted(found, key=lambda column: (column.name not in RECORDED, RECORDED.index(column.name)
-                                             if column.name in RECORDED else 0, column.name))
+    rank = {name: i for i, name in enumerate(RECORDED)}
+    return sorted(found, key=lambda column: (rank.get(column.name, len(rank)), column.name))
 
 
 def schema() -> dict[str, Any]:
@@ -236,7 +235,7 @@ def matrix(every: Sequence[Column]) -> pd.DataFrame:
 def of_build(settings: Settings) -> Column:
     """The column of the build at hand, from what its chapters recorded. It is also written to the default store as claims.json,
     from where the build takes it."""
-    column = Column("this build", provenance(settings, range(settings.seed, settings.seed + settings.n_seeds)), gathered(settings))
+    column = Column("this build", provenance(settings, settings.seeds), gathered(settings))
     write(column, default_root() / "claims.json")
     return column
 

@@ -114,6 +114,11 @@ class Settings:
         """Sixteen hex digits that name these settings, except for the device and the bank's path."""
         return digest([[name, value] for name, value in encode(self).items() if name not in ("device", "bank_path")])[:16]
 
+    @property
+    def seeds(self) -> range:
+        """The seeds of the networks."""
+        return range(self.seed, self.seed + self.n_seeds)
+
     def length(self, published: float) -> int:
         """The number of sequences, at least 32, that corresponds to `published` of the paper's 1,000,000."""
         return max(32, round(published * self.n_sequences / PUBLISHED))

@@ -253,7 +253,7 @@ def test_the_book_builds(built):
     jsonschema.validate(found, evidence.schema())
     words = Counter(row["verdict"] for row in found["claims"])
     # One claim can't be tested where the strongest head makes no mistakes (Table 3).
-    assert words["not tested"] <= 1 and words["holds"] + words["check"] >= 0.75 * len(CLAIMS) == 0.75 * sum(words.values())
+    assert words["not tested"] <= 1 and words["holds"] + words["check"] >= 0.8 * sum(words.values()) and sum(words.values()) == len(CLAIMS)
     assert found["provenance"]["settings"]["profile"] == "quick" and found["provenance"]["run_steps"] > 50_000
     assert all(f">{row['claim']}<" in pages["claims"] for row in found["claims"] if "'" not in row["claim"])
 

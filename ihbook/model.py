@@ -169,7 +169,8 @@ def forward(params: Params, batch: Batch, config: ModelConfig, overrides: Overri
         qk = h
         if ("qk_input", i) in overrides:
             qk = layer_norm(put("qk_input", i, x), params, f"layers.{i}.norm1", config)
-        q, k, v = (split_heads(y, config) for y in project_qkv(params[f"layers.{i}.attn.qkv.weight"], qk, h, queries))
+        qkv = project_qkv(params[f"layers.{i}.attn.qkv.weight"], qk, h, queries)
+        q, k, v = (split_heads(y, config) for y in qkv)
         if config.positions == "rotary":
             q, k = rotate(q, config, n_positions), rotate(k, config, n_positions)
         q, k, v = put("q", i, q), put("k", i, k), put("v", i, v)

@@ -168,8 +168,12 @@ class Verdict:
         """The median over seeds and its interval, in words; "–" where no seed gave a number."""
         if not self.known:
             return "–"
-        middle = _number(self.median)
-        return f"{middle} ({_number(self.interval[0])} to {_number(self.interval[1])})" if self.interval else middle
+        return f"{_number(self.median)} ({self.spread})" if self.interval else _number(self.median)
+
+    @property
+    def spread(self) -> str:
+        """The interval, in words; empty where there is none."""
+        return " to ".join(map(_number, self.interval)) if self.interval else ""
 
     @property
     def without(self) -> list[int]:

@@ -243,7 +243,7 @@ def test_the_book_builds(built):
     root, log = built
     assert "run-step" in log and "loss" in log  # the progress of training
     pages = {p.stem: p.read_text() for p in root.glob("*.html")}
-    assert {path.stem for path in CHAPTERS} | {"intro", "bibliography", "index"} <= pages.keys()
+    assert {path.stem for path in CHAPTERS} | {"bibliography", "index"} <= pages.keys()
     for path in CHAPTERS:
         page = pages[path.stem]
         few = path.stem in ("scale", "extending")

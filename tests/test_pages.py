@@ -78,3 +78,8 @@ def test_a_listing_whose_lines_are_gone_is_an_error():
         pages.listing(metrics.crossing, "nothing of the kind")
     with pytest.raises(ValueError, match="after 'return'"):
         pages.listing(metrics.crossing, "return", "x, y = ")
+
+
+def test_across_columns_a_claim_is_said_once_per_verdict():
+    found = {"a": judge("plateau", [0.7]), "b": judge("plateau", [0.9]), "c": judge("plateau", [0.7, 0.71]), "d": judge("plateau", [])}
+    assert pages.across(found) == "holds on a and c, differs on b and is not tested on d"

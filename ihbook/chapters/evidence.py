@@ -251,6 +251,18 @@ def disagreements(every: Sequence[Column]) -> dict[str, dict[str, str]]:
     return found
 
 
+def apart(a: Column, b: Column) -> list[str]:
+    """The claims whose intervals on two columns do not overlap, checks left out: what lies between the columns moves these."""
+    return [key for key, claim in CLAIMS.items() if not claim.check and (x := a[key].interval) and (y := b[key].interval)
+            and (x[1] < y[0] or y[1] < x[0])]
+
+
+def encoders(every: Sequence[Column]) -> list[tuple[Column, Column]]:
+    """The pairs of columns of the same characters, under the learnt encoder and under random features."""
+    by_name = {column.name: column for column in every}
+    return [(column, by_name[f"{name}-random"]) for name, column in by_name.items() if f"{name}-random" in by_name]
+
+
 def missing(every: Sequence[Column]) -> pd.DataFrame:
     """The seeds that gave a claim no number, or never got there, by claim and column."""
     return pd.DataFrame([(verdict.claim.figure, verdict.claim.sentence, column.name, ", ".join(map(str, verdict.without)))

@@ -214,6 +214,20 @@ def single_head(run: RunConfig, head: int | Sequence[int], *more: Any) -> RunCon
     return replace(run, clamps=(only(head, run.model.n_heads), *more))
 
 
+def six_ways(head: int, previous: int) -> dict[str, tuple[Any, ...]]:
+    """What is clamped while head 1.`head` learns alone, in six ways (Figure 5b); `previous` is a head of Layer 1."""
+    return {"nothing": (), "previous token": (clamps.PreviousToken((0, previous)),), "layer 1": (clamps.PerfectLayer1(),),
+            "match": (clamps.Induction((1, head)),), "copy": (clamps.Copy((1, head)),),
+            "layer 1 and copy": (clamps.PerfectLayer1(), clamps.Copy((1, head)))}
+
+
+def six_runs(settings: Settings, head: int, previous: int, nth: int = 0) -> dict[str, RunConfig]:
+    """The runs of Figure 5b for the `nth` seed, by what is clamped. The first keeps checkpoints (Figure 10)."""
+    return {name: single_head(settings.run(6e5 if chosen and name != "previous token" else 8e5, nth=nth, heads_every=1000,
+                                           checkpoint_every=0 if chosen else 10_000), head, *chosen)
+            for name, chosen in six_ways(head, previous).items()}
+
+
 def curve(result: Result, eval_set: str = "train", **columns: Any) -> pd.DataFrame:
     """A run's losses (nats) on an evaluation set: columns sequences, value, run (its init seed), and the constant `columns`."""
     rows = result.metrics[(result.metrics["eval_set"] == eval_set) & (result.metrics["metric"] == "loss")]

@@ -88,8 +88,9 @@ def say(*sentences: str) -> HTML:
     return HTML(f"<p>{html.escape(' '.join(sentences))}</p>")
 
 
-def _box(sentences: Sequence[str]) -> HTML:
+def _box(sentences: Sequence[str], last: str = "") -> HTML:
     said = "".join(f"<p>{html.escape(each)}</p>" for each in sentences)
+    said += f'<p class="tally">{html.escape(last)}</p>' * bool(last)
     return HTML(f'<div class="admonition tip nutshell"><p class="admonition-title">In a nutshell</p>{said}</div>')
 
 
@@ -97,22 +98,22 @@ def answer(verdicts: Sequence[Verdict], *more: str) -> HTML:
     """Fill the chapter's box from its verdicts, and the sentences `more`; return the discussion of those that do not hold."""
     told = HEADLINES[verdicts[0].claim.chapter].nutshell
     by_key = {verdict.key: verdict for verdict in verdicts}
-    fill([*(sentence(by_key[key]) for key in told), *more, tally(verdicts)])
+    update_display(_box([*(sentence(by_key[key]) for key in told), *more], tally(verdicts)), display_id=BOX)
     return discussion(verdicts)
 
 
-def tally(verdicts: Sequence[Verdict]) -> str:
-    """How many of these claims hold, in a sentence. Checks are no claims of the paper's, and are not counted."""
+def tally(verdicts: Sequence[Verdict], of: str = "this chapter") -> str:
+    """How many of the claims `of` a part of the book hold, in a sentence. Checks are no evidence, and are not counted."""
     words = [verdict.word for verdict in verdicts if verdict.word != "check"]
     networks = max((verdict.n for verdict in verdicts), default=0)
     measured = f"in this build, on {networks} network{'s' * (networks != 1)}"
     if set(words) == {"holds"}:
-        return f"All {len(words)} claims of this chapter hold {measured}."
+        return f"All {len(words)} claims of {of} hold {measured}."
     counted = [f"{n} {one if n == 1 else many}" for word, one, many in (
         ("holds", "holds", "hold"), ("direction only", "holds in direction only", "hold in direction only"),
         ("differs", "differs", "differ"), ("undecided", "is undecided", "are undecided"),
         ("not tested", "was not tested", "were not tested")) if (n := words.count(word))]
-    return f"Of the {len(words)} claims of this chapter, {_listed(counted)} {measured}."
+    return f"Of the {len(words)} claims of {of}, {_listed(counted)} {measured}."
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -149,6 +150,21 @@ def headline(chapter: str, verdicts: Mapping[str, Verdict]) -> str:
     said = (words.held if held else words.not_held).format(**numbers)
     unsettled = not held and all(verdict.word in ("holds", "check", "undecided") for verdict in asked)
     return f"{said} The networks of this build do not settle it." if unsettled else said
+
+
+def headlines(verdicts: Mapping[str, Verdict]) -> Markdown:
+    """The introduction's list: what each chapter found, with a link to it, by the verdicts on all claims."""
+    return Markdown("\n".join(f"- [{words.title}]({chapter}.ipynb): {headline(chapter, verdicts)}"
+                              for chapter, words in HEADLINES.items()))
+
+
+def across(verdicts: Mapping[str, Verdict]) -> str:
+    """On which columns of evidence a claim has which verdict, in words: "holds on glyphs and differs on gaussian"."""
+    words = [verdict.word for verdict in verdicts.values()]
+    parts = [f"{verb} on {_listed([name for name, verdict in verdicts.items() if verdict.word == word])}" for word, verb in (
+        ("holds", "holds"), ("check", "holds"), ("direction only", "holds in direction only"), ("undecided", "is undecided"),
+        ("differs", "differs"), ("not tested", "is not tested")) if word in words]
+    return _listed(parts)
 
 
 def listing(of: Callable | type, first: str | None = None, last: str | None = None) -> Markdown:

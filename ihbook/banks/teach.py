@@ -121,6 +121,7 @@ def judge(numbers: dict[str, Tensor], images: Tensor) -> tuple[float, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command line: train an encoder, print its record, write its file."""
     parser = argparse.ArgumentParser(prog="python -m ihbook.banks.teach", description=__doc__)
     parser.add_argument("kind", choices=encoder.KINDS)
     parser.add_argument("--path", help="Omniglot's archives or folders (default: the download)")

@@ -51,6 +51,7 @@ class Picture(Figure):
 
 
 def in_style(function: Callable[..., Picture]) -> Callable[..., Picture]:
+    """The same function; what it draws has the book's style, and the style of other figures stays."""
     @wraps(function)
     def styled(*args, **kwargs) -> Picture:
         with matplotlib.rc_context(STYLE):

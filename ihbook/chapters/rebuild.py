@@ -16,11 +16,18 @@ def _publish(app, error):
         shutil.copy(found, app.outdir)
 
 
+def _readable(app, what, name, obj, options, signature, returns):
+    """Sphinx can't read the <factory> that a dataclass's signature has for a default that is made; `...` it can."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app):
     """Called by Sphinx. Every notebook counts as outdated; stored runs keep that cheap. Progress goes to this terminal."""
     app.connect("env-get-outdated", lambda app, env, added, changed, removed: [
         name for name in env.found_docs if str(env.doc2path(name)).endswith(".ipynb")])
     app.connect("build-finished", _publish)
+    app.setup_extension("sphinx.ext.autodoc")  # its event must be there to be connected
+    app.connect("autodoc-process-signature", _readable)
     terminal = f"/proc/{os.getpid()}/fd/2"
     with suppress(OSError):
         terminal = os.ttyname(2)

@@ -4,7 +4,7 @@
 many clamps. The rest of the network computes from what a clamp sets, and learns around it. A replaced entry passes no gradient to
 what it replaced; everything else passes its own. Nothing is detached except a donor network, which is frozen. Clamps compose by
 standing in one list. A clamp raises ValueError at once for an impossible value, and in `writes` where the network can't have it.
-A reader's own clamp is a frozen dataclass with a method `writes(shape)` that returns `Write`s (see Extending).
+A reader's own clamp is a frozen dataclass with a method `writes(shape)` that returns a list of `Write` (see Extending).
 """
 
 from ihbook.clamps.attention import (

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from ihbook.config import BANKS, EMBEDDINGS
+from ihbook.engine import archive
 from ihbook.engine.store import Store, default_root
 
 
@@ -16,7 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ihbook", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     store = commands.add_parser("store", help="look after the store of finished runs")
-    store.add_argument("action", choices=["list", "verify", "prune"])
+    store.add_argument("action", choices=["list", "verify", "prune", "export", "import"])
+    store.add_argument("file", nargs="?", help="export, import: the file with all runs")
     store.add_argument("--root", help="the store's folder (default: IHBOOK_STORE, or the platform's place for user data)")
     store.add_argument("--days", type=float, help="prune: also remove runs not written in so many days")
     store.add_argument("--all", action="store_true", help="prune: remove every run")
@@ -96,6 +98,8 @@ def _store(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             print(f"damaged: {folder.name}: {why}")
         print(f"{sum(1 for _ in where.entries()) - len(wrong)} runs are whole, {len(wrong)} damaged")
         return bool(wrong)
+    if options.action in ("export", "import"):
+        return _archive(parser, options, where)
     try:
         gone = where.prune(days=options.days, everything=options.all)
     except ValueError as error:
@@ -104,6 +108,23 @@ def _store(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     for folder in gone:
         print(f"removed {folder.name}")
     return 0
+
+
+def _archive(parser: argparse.ArgumentParser, options: argparse.Namespace, where: Store) -> int:
+    try:
+        if not options.file:
+            raise ValueError(f"store {options.action} needs a file; give its name, such as runs.zip")
+        if options.action == "import":
+            stored, there = archive.import_runs(where, options.file)
+            print(f"{len(stored)} runs are imported, {len(there)} were there already")
+            return 0
+        names, wrong = archive.export_runs(where, options.file)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+    for name, why in wrong.items():
+        print(f"damaged, and left out: {name}: {why}")
+    print(f"{len(names)} runs, {Path(options.file).stat().st_size / 1e6:.1f} MB: {options.file}")
+    return bool(wrong)
 
 
 def _list(where: Store) -> int:

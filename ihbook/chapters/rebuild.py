@@ -1,5 +1,5 @@
 """A Sphinx extension: every build runs every chapter, since the package may have changed where the page has not. It also puts
-claims.json beside the pages."""
+claims.json beside the pages, and links them to the repository where `_config.yml` has its address."""
 
 import os
 import shutil
@@ -21,6 +21,14 @@ def _readable(app, what, name, obj, options, signature, returns):
     return signature and signature.replace("<factory>", "..."), returns
 
 
+def _link(app, config):
+    """Give each page the buttons for the repository and for Binder; without an address, no page has them."""
+    options = config.html_theme_options
+    options["use_repository_button"] = bool(options.get("repository_url"))
+    if not options["use_repository_button"]:
+        options.pop("launch_buttons", None)
+
+
 def setup(app):
     """Called by Sphinx. Every notebook counts as outdated; stored runs keep that cheap. Progress goes to this terminal."""
     app.connect("env-get-outdated", lambda app, env, added, changed, removed: [
@@ -28,6 +36,7 @@ def setup(app):
     app.connect("build-finished", _publish)
     app.setup_extension("sphinx.ext.autodoc")  # its event must be there to be connected
     app.connect("autodoc-process-signature", _readable)
+    app.connect("config-inited", _link)
     terminal = f"/proc/{os.getpid()}/fd/2"
     with suppress(OSError):
         terminal = os.ttyname(2)

@@ -47,13 +47,15 @@ def read(folder: Path, run: RunConfig) -> Result:
                   load_weights(folder / "weights.safetensors"), Checkpoints(folder / "checkpoints"))
 
 
-def verify(folder: Path) -> None:
-    """Raise Damaged unless every file that the manifest names is there as it was written; OSError where one can't be read."""
+def verify(folder: Path) -> list[str]:
+    """The names of the files that a run's manifest lists. Raises Damaged unless each is there as it was written; OSError where one
+    can't be read."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
         for name, digest in files.items():
             if sha256(folder / name) != digest:
                 raise Damaged(f"{name} is not what was written")
+        return list(files)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, AttributeError) as error:
         raise Damaged(f"its {MANIFEST} or a file that it names can't be read: {error}") from error
 

@@ -61,6 +61,11 @@ def store_key(prepared: Prepared) -> tuple[str, int]:
     return digest([engine.VERSION, any_length, prepared.bank.digest])[:24], run.n_steps * run.batch_size
 
 
+def run_name(prepared: Prepared) -> str:
+    """The name of a run's folder in the store: its key in one word."""
+    return "{}-{}".format(*store_key(prepared))
+
+
 class Store:
     """A folder of finished runs (`runs`), of families that are training or were stopped (`training`), and of `locks`."""
 
@@ -78,13 +83,13 @@ class Store:
         kept, and the same call resumes.
         """
         asked = prepare(runs, bank, device)
-        names = ["{}-{}".format(*store_key(prepared)) for prepared in asked]
+        names = [run_name(prepared) for prepared in asked]
         found = {name: self.get(prepared, mend=False) for name, prepared in dict(zip(names, asked, strict=True)).items()}
         missing = {name: prepared for name, prepared in zip(names, asked, strict=True) if found[name] is None}
         if missing:
             with ExitStack() as locks:
                 for name in sorted(missing):  # in a fixed order, so that two processes never wait for each other
-                    locks.enter_context(self._lock(name, progress))
+                    locks.enter_context(self.lock(name, progress))
                 for name, prepared in missing.items():
                     found[name] = self.get(prepared)  # another process may have trained it while this one waited
                 rest = {name: prepared for name, prepared in missing.items() if found[name] is None}
@@ -111,17 +116,19 @@ class Store:
 
     def _receive(self, prepared: Prepared, files: dict[str, bytes]) -> Result:
         """Verify the files of a run that a worker sent, store them, and return the result."""
-        with self._placing(prepared) as partial:
+        name = run_name(prepared)
+        with self.placing(name) as partial:
             folders.unpack(files, partial, prepared)
-        return folders.read(self._folder(prepared), prepared.run)
+        return folders.read(self.folder(name), prepared.run)
 
-    def _folder(self, prepared: Prepared) -> Path:
-        return self.root / "runs" / "{}-{}".format(*store_key(prepared))
+    def folder(self, name: str) -> Path:
+        """The folder of the run with this name (`run_name`), stored or not."""
+        return self.root / "runs" / name
 
     @contextmanager
-    def _placing(self, prepared: Prepared) -> Iterator[Path]:
-        """Yield a new folder, which becomes the run's folder when it is complete. Raises OSError with a remedy."""
-        folder = self._folder(prepared)
+    def placing(self, name: str) -> Iterator[Path]:
+        """Yield a new folder, which becomes the folder of a run when it is complete. Raises OSError with a remedy."""
+        folder = self.folder(name)
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
         try:
             partial.mkdir(parents=True)
@@ -136,7 +143,7 @@ class Store:
             raise OSError(f"can't store a run in {self.root} ({error}); free space there, make it writable, or set IHBOOK_STORE "
                           "to another folder") from error
 
-    def _lock(self, name: str, progress: bool) -> AcquireReturnProxy:
+    def lock(self, name: str, progress: bool) -> AcquireReturnProxy:
         """Acquire a run's lock. It is held until its context ends or its process does, even if that is killed."""
         path = self.root / "locks" / name
         try:
@@ -163,7 +170,7 @@ class Store:
         for stored in sorted(int(path.name.rsplit("-", 1)[1]) for path in self._folders(f"runs/{name}-*")):
             if stored < length:
                 continue
-            folder = self.root / "runs" / f"{name}-{stored}"
+            folder = self.folder(f"{name}-{stored}")
             try:
                 result = folders.read(folder, prepared.run)
                 if stored > length:
@@ -181,9 +188,10 @@ class Store:
 
     def put(self, prepared: Prepared, result: Result) -> Result:
         """Store a result, whole or not at all, and return it as read from the store. Raises OSError where that fails."""
-        with self._placing(prepared) as partial:
+        name = run_name(prepared)
+        with self.placing(name) as partial:
             folders.write(partial, prepared, result)
-        return folders.read(self._folder(prepared), prepared.run)
+        return folders.read(self.folder(name), prepared.run)
 
     def _folders(self, where: str = "runs/*", name: str = r"[0-9a-f]{24}-\d+") -> list[Path]:
         """The folders that match the glob `where` and the pattern `name`; other files there do not belong to the store."""

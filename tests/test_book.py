@@ -16,7 +16,7 @@ import papermill
 import pytest
 from conftest import BUILD, ROOT, TOOLS, copy_of_the_book, shared
 
-from ihbook.chapters import evidence
+from ihbook.chapters import evidence, pages
 from ihbook.chapters.claims import CLAIMS
 
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
@@ -242,10 +242,10 @@ def test_a_bad_parameter_fails_papermill(tmp_path, store):
 def test_the_book_builds(built):
     root, log = built
     assert "run-step" in log and "loss" in log  # the progress of training
-    pages = {p.stem: p.read_text() for p in root.glob("*.html")}
-    assert {path.stem for path in CHAPTERS} | {"bibliography", "index"} <= pages.keys()
+    texts = {p.stem: p.read_text() for p in root.glob("*.html")}
+    assert {path.stem for path in CHAPTERS} | {"bibliography", "index"} <= texts.keys()
     for path in CHAPTERS:
-        page = pages[path.stem]
+        page = texts[path.stem]
         few = path.stem in ("scale", "extending")
         assert path.stem in ("claims", "differs") or (page.count('alt="') > (not few) and 'src="data:image/png;base64,' in page)
         assert "Traceback" not in page and "run-step/s" not in page  # nothing of the progress bar is left
@@ -255,7 +255,63 @@ def test_the_book_builds(built):
     # One claim can't be tested where the strongest head makes no mistakes (Table 3).
     assert words["not tested"] <= 1 and words["holds"] + words["check"] >= 0.8 * sum(words.values()) and sum(words.values()) == len(CLAIMS)
     assert found["provenance"]["settings"]["profile"] == "quick" and found["provenance"]["run_steps"] > 50_000
-    assert all(f">{row['claim']}<" in pages["claims"] for row in found["claims"] if "'" not in row["claim"])
+    assert all(f">{row['claim']}<" in texts["claims"] for row in found["claims"] if "'" not in row["claim"])
+
+
+def solutions(notebook):
+    """The cells between the beginning and the end of each solution, by the exercise's label."""
+    found, label = {}, None
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            if "{solution-end}" in cell.source:
+                label = None
+            if "{solution-start}" in cell.source:
+                label = re.findall(r"\{solution-start\} (\S+)", cell.source)[-1]
+                found[label] = []
+        elif label:
+            found[label].append(cell)
+    return found
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_every_exercise_has_a_solution_whose_answer_is_checked(path):
+    notebook = nbformat.read(path, 4)
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    labels = re.findall(r":label: (\S+)", text)
+    found = solutions(notebook)
+    assert list(found) == labels and len(set(labels)) == len(labels)
+    assert len(labels) >= (2 if path.stem[:2].isdigit() else 0)
+    assert text.count("*Hint:*") == len(labels)
+    for label, cells in found.items():
+        assert label.startswith(path.stem[:2]) and any("assert " in cell.source for cell in cells), label
+
+
+@pytest.mark.xdist_group("book")
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in CHAPTERS if "{solution-start}" in path.read_text()], ids=lambda p: p.stem)
+def test_solutions_run(path, tmp_path, quick, built, monkeypatch):
+    """Also those that are too long for the pages, from the networks that the book's build has trained."""
+    for name, value in quick.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        cell.metadata["tags"] = [tag for tag in cell.metadata.get("tags", ()) if tag != "skip-execution"]
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", kernel_name="python3", progress_bar=False, cwd=tmp_path)
+
+
+@pytest.mark.xdist_group("book")
+@pytest.mark.slow
+def test_pages_say_their_answers(built):
+    root, _ = built
+    for path in CHAPTERS:
+        page = (root / f"{path.stem}.html").read_text()
+        asked = "pages.nutshell()" in path.read_text()
+        assert page.count('class="admonition tip nutshell"') == asked and pages.WAITING not in page, path.stem
+        assert asked or not path.stem[:2].isdigit()
+    front = (root / "intro.html").read_text()
+    for chapter, words in pages.HEADLINES.items():
+        assert f'href="{chapter}.html">{words.title}' in re.sub(r"</?(span|em)[^>]*>", "", front), chapter
 
 
 @pytest.mark.xdist_group("chapters")

@@ -1,4 +1,5 @@
 """What the chapters share: their settings and the paper's runs (`experiments.py`), the paper's claims (`claims.py`), figures
 (`plots.py`; `pictures.py` for characters and patterns), panels that follow controls (`panels.py`, `explore.py`), and sweeps of
-a chapter over a grid of parameters (`sweep.py`). `rebuild.py` is for the book's build.
+a chapter over a grid of parameters (`sweep.py`). `rebuild.py` is for the book's build; `kernel.py` finds the kernel
+that runs chapters in a build and in a sweep.
 """

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from ihbook.chapters import kernel
 from ihbook.config import ModelConfig
 from ihbook.model import Weights
 from ihbook.task import Bank, from_exemplars
@@ -23,6 +24,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers, and all that they st
 if "PYTEST_XDIST_WORKER" in os.environ:  # otherwise threads wait for each other, ten times slower
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+os.environ["JUPYTER_PATH"] = str(kernel.FOLDER)  # the kernels of the tests start and end faster, and quietly
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[2] / "shared"

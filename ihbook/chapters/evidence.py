@@ -17,7 +17,6 @@ from statistics import median
 from typing import Any
 
 import pandas as pd
-import papermill
 from IPython.display import display
 
 from ihbook import engine
@@ -91,6 +90,8 @@ def merged(old: Column, new: Column) -> Column:
 
 def _grid(notebook: Path, settings: Settings, seeds: Sequence[int]) -> dict[str, list]:
     """The points of a chapter: every seed with one network, or one point with all; a chapter without a bank has its own seeds."""
+    import papermill  # as in `sweep.points`
+
     known = papermill.inspect_notebook(str(notebook))
     if "bank" not in known:
         return {"seed": [int(known["seed"]["default"])]}

@@ -18,13 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import pandas as pd
-import papermill
 from tqdm import tqdm
 
 from ihbook import engine
-from ihbook.chapters import plots
+from ihbook.chapters import kernel, plots
 from ihbook.chapters.claims import CLAIMS
 from ihbook.engine import cluster
 from ihbook.files import writing
@@ -68,6 +66,9 @@ def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) 
     Raises ValueError for a notebook that does not exist or tests no claims, a parameter that it does not have, a parameter
     without values or with the same value twice, and a value that is not a scalar.
     """
+    import nbformat  # slow, and a kernel that only hands its numbers over does not need it
+    import papermill
+
     notebook = Path(notebook)
     if not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}; name one, such as book/08_data_properties.ipynb")
@@ -236,13 +237,17 @@ def _executed(source: str, waiting: Sequence[Point], executor: Executor | None) 
 
 def execute(source: str, parameters: Mapping[str, Any]) -> Outcome:
     """Run a notebook, given as JSON text, with these parameters. An error is part of the outcome; it is not raised."""
+    import nbformat  # as in `points`
+    import papermill
+
     notebook = nbformat.reads(source, 4)
     notebook.cells.append(nbformat.v4.new_code_cell(LAST_CELL))
     with tempfile.TemporaryDirectory() as folder:
         given, out = Path(folder) / "in.ipynb", Path(folder) / "out.ipynb"
         nbformat.write(notebook, given)
         try:
-            done = papermill.execute_notebook(str(given), str(out), dict(parameters), kernel_name="python3", progress_bar=False)
+            done = papermill.execute_notebook(str(given), str(out), dict(parameters), kernel_name="python3", progress_bar=False,
+                                              kernel_manager_class=kernel.Manager)
         except Exception as error:  # any error of a point is reported, and the others continue
             return out.read_text(encoding="utf-8") if out.exists() else "", None, f"{type(error).__name__}: {error}"
         numbers = next(output.data[NUMBERS] for output in done.cells[-1].outputs if NUMBERS in output.get("data", {}))

@@ -137,13 +137,15 @@ def composition_scores(weights: Weights, part: str, layer: int = 1) -> Tensor:
     """Composition scores ‖W_in W_out‖_F / (‖W_in‖_F ‖W_out‖_F), `[head, head of the layer before]` (Figure 11): how much of the
     earlier head's output the later head's `part` ("queries", "keys" or "values") can read. Raises ValueError for another `part`
     or `layer`."""
-    one_of("part", part, ("queries", "keys", "values"))
+    parts = ("queries", "keys", "values")
+    one_of("part", part, parts)
     config = weights.config
     if not 1 <= layer < config.n_layers:
         raise ValueError(f"layer={layer} has no layer before it; choose 1 to {config.n_layers - 1}")
-    read = weights.tensors[f"layers.{layer}.attn.qkv.weight"].chunk(3)[("queries", "keys", "values").index(part)]
+    read = weights.tensors[f"layers.{layer}.attn.qkv.weight"].chunk(3)[parts.index(part)]
     read = read.unflatten(0, (config.n_heads, config.d_head))
-    write = weights.tensors[f"layers.{layer - 1}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head)).transpose(0, 1)
+    write = weights.tensors[f"layers.{layer - 1}.attn.proj.weight"].T
+    write = write.unflatten(0, (config.n_heads, config.d_head)).mT
     together = torch.einsum("jad,ide->jiae", read, write).flatten(2).norm(dim=2)
     return together / (read.flatten(1).norm(dim=1)[:, None] * write.flatten(1).norm(dim=1))
 

@@ -200,7 +200,10 @@ def ratios(times: Sequence[float], to: Sequence[float]) -> list[float]:
 def best_guesser(n_questions: int, n_guessers: int, chance: float = 0.5) -> float:
     """The share of `n_questions` that the best of `n_guessers` gets right by luck, at most, in 19 of 20 cases: what the best of
     several must exceed (Tables 2 and 3). NaN without questions."""
-    return float(stats.binom.ppf(COVERAGE ** (1 / n_guessers), n_questions, chance)) / n_questions if n_questions else math.nan
+    if not n_questions:
+        return math.nan
+    each = COVERAGE ** (1 / n_guessers)  # so that all of them stay within in 19 of 20 cases
+    return float(stats.binom.ppf(each, n_questions, chance)) / n_questions
 
 
 def judge(claim: str | Claim, values: float | Sequence[float], seeds: Sequence[int] = ()) -> Verdict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -23,6 +22,19 @@ def loss(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
     return 0.5 * (inner(truth, truth) - 2 * inner(vectors, truth) + inner(vectors, vectors)) / size
 
 
+def measures(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How far each run's vectors `[run, dim]` are, `[run]` each. `misaligned_a`, … is 1 − cos² of a vector and its truth; `norm_a`,
+    … its norm and `along_a`, … its component along the truth, both in units of the truth's norm. `loss_given_b_and_c` is the loss
+    with b and c set to the truth, under the better sign (a product leaves its factors' signs open)."""
+    columns = {f"misaligned_{name}": 1 - torch.cosine_similarity(vectors[name], truth[name]) ** 2 for name in NAMES}
+    for name in NAMES:
+        own, target = vectors[name], truth[name]
+        columns[f"norm_{name}"] = own.norm(dim=1) / target.norm(dim=1)
+        columns[f"along_{name}"] = (own * target).sum(1) / (target * target).sum(1)
+    given = (loss({**truth, "a": sign * vectors["a"]}, truth) for sign in (1, -1))
+    return columns | {"loss_given_b_and_c": torch.minimum(*given)}
+
+
 def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, float | Sequence[float]] = (), *, n_dims: int = 20,
           n_iterations: int = 1000, lr: float = 1.0) -> pd.DataFrame:
     """Gradient descent on `loss` from N(0, I), one run per seed; vectors in `clamped` are the truth throughout (Figures 5a, 9).
@@ -31,9 +43,7 @@ def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, f
     truth + (1 − strength) · the learnt c. Raises ValueError for another name in `clamped`, or a number out of range.
 
     The table has one row per run and iteration, 0 to `n_iterations`, measured before the step: iteration; run (the seed); `loss`;
-    `relative_loss`, the loss divided by that of learning nothing (of a product that is 0); and progress measures. `misaligned_a`,
-    … is 1 − cos² of a vector and its truth. `loss_given_b_and_c` is the loss with b and c set to the truth, under the better sign
-    (a product leaves its factors' signs open).
+    `relative_loss`, the loss divided by that of learning nothing (of a product that is 0); and `measures` of the vectors.
     """
     strength = dict(clamped) if isinstance(clamped, Mapping) else dict.fromkeys(clamped, 1.0)
     if unknown := sorted(set(strength) - set(NAMES)):
@@ -57,17 +67,17 @@ def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, f
         return own | {name: s * truth[name] + (1 - s) * own[name] for name, s in strength.items()}
 
     nothing = loss({name: torch.zeros_like(v) for name, v in truth.items()}, truth)
-    gradient = torch.func.grad_and_value(lambda own: ((values := loss(seen(own), truth)).sum(), values), has_aux=True)
-    kept: dict[str, list[Tensor]] = defaultdict(list)
+
+    def summed(own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        values = loss(seen(own), truth)
+        return values.sum(), values
+
+    gradient = torch.func.grad(summed, has_aux=True)
+    kept = []
     for _ in range(n_iterations + 1):
-        gradients, (_, value) = gradient(vectors)
-        shown = seen(vectors)
-        given = torch.minimum(*(loss({**truth, "a": sign * shown["a"]}, truth) for sign in (1, -1)))
-        misaligned = {f"misaligned_{name}": 1 - torch.cosine_similarity(shown[name], truth[name]) ** 2 for name in NAMES}
-        columns = {"loss": value.clamp(min=0), "relative_loss": (value / nothing).clamp(min=0), **misaligned,
-                   "loss_given_b_and_c": given}
-        for name, column in columns.items():
-            kept[name].append(column)
-        vectors |= {name: vectors[name] - lr * gradients[name] for name in NAMES}  # the gradient is 0 at strength 1
+        gradients, value = gradient(vectors)
+        losses = {"loss": value.clamp(min=0), "relative_loss": (value / nothing).clamp(min=0)}
+        kept.append(losses | measures(seen(vectors), truth))
+        vectors |= {name: vectors[name] - lr * gradients[name] for name in NAMES}
     rows = pd.MultiIndex.from_product([range(n_iterations + 1), list(seeds)], names=["iteration", "run"])
-    return pd.DataFrame({name: torch.cat(columns).numpy() for name, columns in kept.items()}, index=rows).reset_index()
+    return pd.DataFrame({name: torch.cat([each[name] for each in kept]).numpy() for name in kept[0]}, index=rows).reset_index()

@@ -183,3 +183,13 @@ def test_gradient_norms_are_those_of_the_heads_own_weights(networks, batch):
         assert norms[name] == pytest.approx(rows.norm().item()) and norms[name] > 0
     assert norms["its output"] == pytest.approx(found["layers.1.attn.proj.weight"][:, head * d:(head + 1) * d].norm().item())
     assert norms["the layer before"] == pytest.approx(found["layers.0.attn.qkv.weight"].norm().item())
+
+
+def test_the_yardstick_of_chapter_1():
+    """The nearest exemplar by cosine answers, however long the features are; a query may repeat an exemplar of its context."""
+    bank = torch.tensor([[[1.0, 0.0], [0.0, 9.0], [0.6, 0.5], [0.0, 1.0]]])
+    ids = torch.tensor([[[0, 1, 2], [1, 0, 2], [0, 1, 1], [3, 0, 3]]])
+    labels = torch.tensor([[[4, 2, 4], [4, 2, 4], [4, 2, 2], [4, 2, 2]]])
+    batch = Batch(bank, ids, labels)
+    assert experiments.nearest_is_right(batch).tolist() == [[True, False, True, False]]
+    assert experiments.repeats(batch).tolist() == [[False, False, True, True]]

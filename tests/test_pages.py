@@ -66,6 +66,12 @@ def test_a_tally_counts_what_holds():
                                                    "in this build, on 1 network.")
 
 
+def test_the_toy_model_has_draws_and_not_networks():
+    assert pages.tally([judge("toy-plateau", [5.0, 6.0])]).endswith("on 2 draws.")
+    assert "draws never get that far" in pages.sentence(judge("toy-shorter", [math.inf] * 3))
+    assert "networks never get that far" in pages.sentence(judge("plateau", [math.inf] * 3))
+
+
 def test_a_listing_is_the_packages_own_code():
     code = pages.listing(step.update).data
     assert code.startswith("```python\ndef update(") and "The optimiser's part" not in code and "p.sub_(" in code

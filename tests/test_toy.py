@@ -54,3 +54,18 @@ def test_strengths_of_each_run():
 def test_bad_input_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         toy.descend(**bad)
+
+
+def test_the_loss_is_made_of_lengths_and_components():
+    table = toy.descend([1, 6], ["c"], n_dims=7, n_iterations=30)
+    along, size = (table[[f"{of}_{name}" for name in toy.NAMES]].prod(axis=1) for of in ("along", "norm"))
+    assert (1 - 2 * along + size**2).tolist() == pytest.approx(table["relative_loss"].tolist())
+    assert table["along_c"].tolist() == pytest.approx([1.0] * len(table)) and (table["norm_a"] >= table["along_a"].abs()).all()
+    assert (1 - (table["along_a"] / table["norm_a"]) ** 2).tolist() == pytest.approx(table["misaligned_a"].tolist())
+
+
+def test_the_product_shrinks_before_anything_is_learnt():
+    """The plateau is the loss of learning nothing, because gradient descent first shrinks the product (chapter 6)."""
+    table = toy.descend(range(1, 11), n_iterations=50)
+    size = table[[f"norm_{name}" for name in toy.NAMES]].prod(axis=1).to_numpy().reshape(51, 10)
+    assert (size[-1] < 0.5 * size[0]).all() and table["relative_loss"].tail(10).median() == pytest.approx(1, abs=0.06)

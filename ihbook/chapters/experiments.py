@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch.nn.functional as F
+from torch import Tensor
 
 from ihbook import clamps, metrics, task
 from ihbook.banks import load_bank
@@ -238,6 +240,19 @@ def loss_at(result: Result, sequences: float) -> float:
     """The loss (nats) on the set `train` at that many sequences seen, interpolated linearly; NaN after the run's end."""
     rows = curve(result)
     return float(np.interp(sequences, rows["sequences"], rows["value"], right=math.nan))
+
+
+def repeats(batch: Batch) -> Tensor:
+    """Whether each query is the very exemplar of one of its context, bool `[run, batch]` (chapter 1)."""
+    return (batch.ids[:, :, :-1] == batch.ids[:, :, -1:]).any(2)
+
+
+def nearest_is_right(batch: Batch) -> Tensor:
+    """Whether the context exemplar whose features have the largest cosine with the query's has the right label, bool
+    `[run, batch]`: a yardstick for a network's match, and no ceiling, as a network learns an embedding (chapter 1)."""
+    features = F.normalize(batch.exemplars, dim=-1)
+    nearest = (features[:, :, :-1] * features[:, :, -1:]).sum(-1).argmax(2, keepdim=True)
+    return batch.labels.gather(2, nearest).squeeze(2) == batch.targets
 
 
 def right_instead(weights: Weights, batch: Batch, clamps: Sequence[Sequence]) -> tuple[int, list[float]]:

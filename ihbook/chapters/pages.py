@@ -35,13 +35,14 @@ class Wording:
 @dataclass(frozen=True)
 class Headline:
     """What the introduction says of a chapter, by whether all of `claims` hold, with `{key}` for the median of each; `nutshell`
-    are the claims that the chapter's box tells."""
+    are the claims that the chapter's box tells; `of` is what its numbers are of, one of each seed."""
 
     title: str
     claims: tuple[str, ...]
     held: str
     not_held: str
     nutshell: tuple[str, ...]
+    of: str = "network"
 
 
 def load(text: str) -> tuple[dict[str, Wording], dict[str, Headline]]:
@@ -65,11 +66,12 @@ def sentence(verdict: Verdict) -> str:
     numbers = {"median": verdict.median, "low": low, "high": high, "n": verdict.n}
     inside = verdict.claim.low <= verdict.median <= verdict.claim.high
     if math.isinf(verdict.median):
-        said = f"{verdict.claim.sentence}: {'' if inside else 'not here, as '}at least half of the networks never get that far."
+        never = f"at least half of the {_of(verdict)}s never get that far."
+        said = f"{verdict.claim.sentence}: {'' if inside else 'not here, as '}{never}"
     else:
         said = (words.held if inside else words.not_held).format(**numbers)
     if verdict.word == "undecided":
-        return f"{said} {verdict.n} networks do not settle this: the interval ({verdict.spread}) contains the limit."
+        return f"{said} {verdict.n} {_of(verdict)}s do not settle this: the interval ({verdict.spread}) contains the limit."
     return f"{said} The direction is the paper's." if verdict.word == "direction only" else said
 
 
@@ -105,8 +107,8 @@ def answer(verdicts: Sequence[Verdict], *more: str) -> HTML:
 def tally(verdicts: Sequence[Verdict], of: str = "this chapter") -> str:
     """How many of the claims `of` a part of the book hold, in a sentence. Checks are no evidence, and are not counted."""
     words = [verdict.word for verdict in verdicts if verdict.word != "check"]
-    networks = max((verdict.n for verdict in verdicts), default=0)
-    measured = f"in this build, on {networks} network{'s' * (networks != 1)}"
+    most = max(verdict.n for verdict in verdicts)
+    measured = f"in this build, on {most} {_of(verdicts[0])}{'s' * (most != 1)}"
     if set(words) == {"holds"}:
         return f"All {len(words)} claims of {of} hold {measured}."
     counted = [f"{n} {one if n == 1 else many}" for word, one, many in (
@@ -114,6 +116,11 @@ def tally(verdicts: Sequence[Verdict], of: str = "this chapter") -> str:
         ("differs", "differs", "differ"), ("undecided", "is undecided", "are undecided"),
         ("not tested", "was not tested", "were not tested")) if (n := words.count(word))]
     return f"Of the {len(words)} claims of {of}, {_listed(counted)} {measured}."
+
+
+def _of(verdict: Verdict) -> str:
+    chapter = verdict.claim.chapter
+    return HEADLINES[chapter].of if chapter in HEADLINES else "network"
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -127,7 +134,7 @@ def discussion(verdicts: Sequence[Verdict]) -> HTML:
             for verdict in verdicts if verdict.word in ("undecided", "direction only", "differs")]
     untested = [verdict.claim.sentence for verdict in verdicts if verdict.word == "not tested"]
     if untested:
-        rows.append(f"<p>Not tested, because no network gave a number: {html.escape('; '.join(untested))}.</p>")
+        rows.append(f"<p>Not tested, because no {_of(verdicts[0])} gave a number: {html.escape('; '.join(untested))}.</p>")
     return HTML('<div class="discussion">' + ("".join(rows) or "<p>Nothing differs in this build: every claim of this chapter "
                                               "holds.</p>") + "</div>")
 
@@ -146,10 +153,10 @@ def headline(chapter: str, verdicts: Mapping[str, Verdict]) -> str:
     numbers = {verdict.key: verdict.median for verdict in asked}
     held = all(verdict.word in ("holds", "check") for verdict in asked)
     if not held and any(map(math.isinf, numbers.values())):
-        return "It does not hold here: some of the networks never get that far."
+        return f"It does not hold here: some of the {words.of}s never get that far."
     said = (words.held if held else words.not_held).format(**numbers)
     unsettled = not held and all(verdict.word in ("holds", "check", "undecided") for verdict in asked)
-    return f"{said} The networks of this build do not settle it." if unsettled else said
+    return f"{said} The {words.of}s of this build do not settle it." if unsettled else said
 
 
 def headlines(verdicts: Mapping[str, Verdict]) -> Markdown:

@@ -1,5 +1,6 @@
 """Metrics, checked by hand on small examples."""
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from cases import clamps as golden_clamps
 from conftest import shared
+from scipy import stats
 
 from ihbook import clamps, metrics
 from ihbook.chapters import claims, experiments
@@ -170,6 +172,26 @@ def test_half_way_up_is_interpolated():
                          columns=["sequences", "layer", "head", "strength"])
     assert experiments.half_way(heads, {3: 0.3}) == pytest.approx([7.5])  # 0.15, at 0.02 per sequence
     assert math.isnan(experiments.half_way(heads, {3: 2.0})[0])
+
+
+def test_rank_correlations_are_spearmans_one_per_run():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"run": np.repeat([7, 5], 8), "strength": rng.random(16), "time": rng.random(16)})
+    by_run = {run: each for run, each in table.groupby("run")}
+    expected = [stats.spearmanr(by_run[run]["strength"], by_run[run]["time"]).statistic for run in (7, 5)]
+    assert experiments.rank_correlations(table, "time") == pytest.approx(expected)
+    table.loc[table["time"].idxmax(), "time"] = math.nan  # a head that never learns is the slowest
+    assert experiments.rank_correlations(table, "time") == pytest.approx([
+        stats.spearmanr(each["strength"], each["time"].fillna(9)).statistic for each in (table[:8], table[8:])])
+
+
+def test_random_correlations_are_those_of_random_orders():
+    assert set(experiments.random_correlations(3, (200,)).round(9)) == {1, 0.5, -0.5, -1}
+    every = np.array([stats.spearmanr(range(5), order).statistic for order in itertools.permutations(range(5))])
+    found = experiments.random_correlations(5, (10_000, 2))
+    assert found.shape == (10_000, 2) and abs(np.corrcoef(found.T)[0, 1]) < 0.05
+    for limit in (0.2, 0.5, 0.9):
+        assert (abs(found) <= limit + 1e-9).mean() == pytest.approx((abs(every) <= limit + 1e-9).mean(), abs=0.02)
 
 
 def test_gradient_norms_are_those_of_the_heads_own_weights(networks, batch):

@@ -277,3 +277,15 @@ def half_way(heads: pd.DataFrame, strengths: Mapping[int, float], layer: int = 1
     """Sequences seen when each head first exceeds half of its number in `strengths`, by a run's heads table (Figure 3b)."""
     by_head = heads[heads["layer"] == layer].pivot(index="sequences", columns="head", values="strength")
     return [metrics.crossing(-by_head[head], -strength / 2) for head, strength in strengths.items()]
+
+
+def rank_correlations(heads: pd.DataFrame, column: str) -> list[float]:
+    """Spearman's correlation of `strength` with another column, one number per run of the table, in its order. A missing number
+    (a head that never learns) ranks last; NaN where all ranks are equal (Figure 18)."""
+    return [each["strength"].rank().corr(each[column].fillna(math.inf).rank()) for _, each in heads.groupby("run", sort=False)]
+
+
+def random_correlations(n_heads: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Spearman's correlations of `n_heads` heads with heads in random order, in an array of this shape: what no relation gives."""
+    ranks = np.arange(n_heads) - (n_heads - 1) / 2
+    return np.random.default_rng(seed).permuted(np.broadcast_to(ranks, (*shape, n_heads)), axis=-1) @ ranks / (ranks @ ranks)

@@ -39,7 +39,8 @@ def prose(page: str, *, code: bool = False) -> str:
     else:
         cells = nbformat.read(BOOK / f"{page}.ipynb", 4).cells
         text = "\n\n".join(cell.source for cell in cells if code or cell.cell_type == "markdown")
-    return text if code else re.sub(r"^```(?!\{).*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return text if code else re.sub(r"^```([^\n]*)\n(.*?)^```[ \t]*$", lambda fence: fence.group(2) if fence.group(1).startswith("{") else "",
+                                    text, flags=re.MULTILINE | re.DOTALL)
 
 
 # --- Symbols ---
@@ -178,7 +179,8 @@ def test_the_page_of_names_has_every_activation():
 
 def modules() -> set[str]:
     """Every module of the package, by its dotted name."""
-    parts = [path.relative_to(ROOT).with_suffix("").parts for path in PACKAGE.rglob("*.py")]
+    parts = [path.relative_to(ROOT).with_suffix("").parts for path in PACKAGE.rglob("*.py")
+             if "jupyter" not in path.parts]  # the kernel is a script
     return {".".join(part for part in each if part != "__init__") for each in parts}
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ihbook import task
-from ihbook.config import TaskConfig
+from ihbook.chapters import experiments
+from ihbook.config import RunConfig, TaskConfig
 from ihbook.task import Bank
 
 TASK = TaskConfig(n_classes=20, n_test_classes=10)
@@ -209,3 +210,18 @@ def test_sets_that_would_be_empty_are_left_out(small_bank):
     single = Bank(small_bank.features[:, :1], None, {})
     sets = task.evaluation_sets(task.split(single, TaskConfig(n_classes=20, n_test_classes=10, n_labels=2)), 0)
     assert list(sets) == ["train", "test_classes"]
+
+
+@pytest.mark.parametrize("n_common, n_ways, expected", [(5, 2, (4 / 15, 1 / 15)), (5, 3, (6 / 14, 12 / 10 / 14)), (2, 2, (1 / 3, 1 / 3))])
+def test_common_labels_are_seen_more_often_than_rare_ones(small_bank, n_common, n_ways, expected):
+    groups = experiments.common_and_rare(n_common, n_ways)
+    run = RunConfig(task=TaskConfig(n_classes=20, n_test_classes=10, n_labels=3 * n_common, n_pairs=n_ways))
+    splits = task.split(small_bank, experiments.with_groups(run, groups).task)
+    labels = task.sample(splits, 20_000, task.seeded("a")).labels[0, :, :-1]
+    seen = [(labels == label).any(1).double().mean().item() for label in range(3 * n_common)]
+    shares = [group.share(len(splits.train_sets)) for group in groups]
+    assert shares == pytest.approx(expected)
+    assert np.mean(seen[:n_common]) == pytest.approx(shares[0], abs=0.01)
+    assert np.mean(seen[n_common:]) == pytest.approx(shares[1], abs=0.01) and min(seen) > 0
+    sets = task.evaluation_sets(splits, 0, 500, groups)
+    assert sets["common"].labels.max() < n_common <= sets["rare"].labels.min()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from ihbook.digest import digest, encode
 from ihbook.engine.prepared import check_device
 from ihbook.engine.results import Result
 from ihbook.model import Weights
-from ihbook.task import Batch
+from ihbook.task import Batch, Splits
 
 PUBLISHED = 1_000_000  # sequences of the paper's main run
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -230,9 +232,40 @@ def six_runs(settings: Settings, head: int, previous: int, nth: int = 0) -> dict
             for name, chosen in six_ways(head, previous).items()}
 
 
-def curve(result: Result, eval_set: str = "train", **columns: Any) -> pd.DataFrame:
-    """A run's losses (nats) on an evaluation set: columns sequences, value, run (its init seed), and the constant `columns`."""
-    rows = result.metrics[(result.metrics["eval_set"] == eval_set) & (result.metrics["metric"] == "loss")]
+@dataclass(frozen=True)
+class LabelGroup:
+    """Some of the labels: the `label_sets` `[set][way]` that they form, and an evaluation set of training characters with these
+    labels alone (chapter 8)."""
+
+    name: str
+    label_sets: tuple[tuple[int, ...], ...]
+
+    def draw(self, splits: Splits, n: int, generator: torch.Generator) -> Batch:
+        return task.sample(splits, n, generator, label_sets=torch.tensor(self.label_sets))
+
+    def share(self, n_sets: int) -> float:
+        """The share of sequences whose context has a given one of these labels, on average, where `n_sets` label sets train."""
+        labels = [label for group in self.label_sets for label in group]
+        return len(labels) / len(set(labels)) / n_sets
+
+
+def common_and_rare(n_common: int, n_ways: int) -> tuple[LabelGroup, LabelGroup]:
+    """Of 3 `n_common` labels, the first `n_common` stand together in every set of `n_ways` of them, so that they are common; the
+    others, which are rare, stand together in as few sets as have them all (chapter 8)."""
+    rest = list(range(n_common, 3 * n_common))
+    few = [tuple(sorted(rest[(start + way) % len(rest)] for way in range(n_ways))) for start in range(0, len(rest), n_ways)]
+    return (LabelGroup("common", tuple(itertools.combinations(range(n_common), n_ways))), LabelGroup("rare", tuple(few)))
+
+
+def with_groups(run: RunConfig, groups: Sequence[LabelGroup]) -> RunConfig:
+    """The run with the label sets of these groups, each of them equally likely, and each group as an evaluation set."""
+    return replace(run, eval_sets=tuple(groups), task=replace(run.task, label_sets=sum((each.label_sets for each in groups), ())))
+
+
+def curve(result: Result, eval_set: str = "train", metric: str = "loss", **columns: Any) -> pd.DataFrame:
+    """A run's losses (nats), or another metric, on an evaluation set: columns sequences, value, run (its init seed), and the
+    constant `columns`."""
+    rows = result.metrics[(result.metrics["eval_set"] == eval_set) & (result.metrics["metric"] == metric)]
     return rows[["sequences", "value"]].assign(run=result.run.init_seed, **columns)
 
 

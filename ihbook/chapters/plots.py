@@ -147,10 +147,12 @@ def head_strengths(heads: pd.DataFrame, final: Sequence[float], *, layer: int = 
 
 
 @in_style
-def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping[str, str], *, n_ways: int = 2) -> Picture:
+def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping[str, str], *, n_ways: int = 2,
+                 across: Mapping[str, str] | None = None) -> Picture:
     """Small multiples of loss (nats), two per row, from the columns panel, group, run, sequences, value (Figures 6, 15).
 
-    `panels` maps panels to titles, `colour` groups to colours, in order. Lines are medians over runs, bands their range.
+    `panels` maps panels to titles, `colour` groups to colours, in order. Lines are medians over runs, bands their range. `across`
+    maps a panel whose column "sequences" counts something else to words for it.
     """
     figure = Picture(figsize=(7.6, 2.75 * -(-len(panels) // 2)))
     grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True).flatten()
@@ -165,6 +167,7 @@ def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping
         axes.axhline(low, color=MUTED, ls=(0, (1, 2)), lw=1)
         axes.set(title=title, ylim=(-0.02 * high, high), ylabel="loss (nats)" if axes in grid[::2] else "")
         _millions(axes, rows["sequences"].max())
+        axes.set_xlabel((across or {}).get(panel, axes.get_xlabel()))
     legend = grid[0] if spare is None else spare
     for name, hue in colour.items():
         legend.plot([], [], color=hue, label=name)

@@ -106,7 +106,7 @@ def answer(verdicts: Sequence[Verdict], *more: str) -> HTML:
 
 def tally(verdicts: Sequence[Verdict], of: str = "this chapter") -> str:
     """How many of the claims `of` a part of the book hold, in a sentence. Checks are no evidence, and are not counted."""
-    words = [verdict.word for verdict in verdicts if verdict.word != "check"]
+    words = [verdict.word for verdict in verdicts if not verdict.claim.check]
     most = max(verdict.n for verdict in verdicts)
     measured = f"in this build, on {most} {_of(verdicts[0])}{'s' * (most != 1)}"
     if set(words) == {"holds"}:
@@ -152,8 +152,8 @@ def headline(chapter: str, verdicts: Mapping[str, Verdict]) -> str:
         return "This build has not tested it."
     numbers = {verdict.key: verdict.median for verdict in asked}
     held = all(verdict.word in ("holds", "check") for verdict in asked)
-    if not held and any(map(math.isinf, numbers.values())):
-        return f"It does not hold here: some of the {words.of}s never get that far."
+    if any(map(math.isinf, numbers.values())):
+        return f"It {'holds' if held else 'does not hold'} here: some of the {words.of}s never get that far."
     said = (words.held if held else words.not_held).format(**numbers)
     unsettled = not held and all(verdict.word in ("holds", "check", "undecided") for verdict in asked)
     return f"{said} The {words.of}s of this build do not settle it." if unsettled else said

@@ -179,10 +179,10 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
         yield params, batch.expand(len(params["unembed.bias"])), config, plan, len(some)
 
 
-def phase_change(curve: pd.DataFrame, threshold: float = THRESHOLD, *, eval_set: str = "train") -> float:
-    """Sequences seen when the loss first falls below `threshold` (nats), interpolated linearly; NaN if it never does. `curve` is
-    one run's metrics table with the columns sequences, eval_set, metric and value (Figure 4b)."""
-    rows = curve[(curve["eval_set"] == eval_set) & (curve["metric"] == "loss")].sort_values("sequences")
+def phase_change(curve: pd.DataFrame, threshold: float = THRESHOLD, *, eval_set: str = "train", metric: str = "loss") -> float:
+    """Sequences seen when the loss (or another `metric`) first falls below `threshold` (nats), interpolated linearly; NaN if it
+    never does. `curve` is one run's metrics table with the columns sequences, eval_set, metric and value (Figure 4b)."""
+    rows = curve[(curve["eval_set"] == eval_set) & (curve["metric"] == metric)].sort_values("sequences")
     return crossing(rows.set_index("sequences")["value"], threshold)
 
 

@@ -114,6 +114,7 @@ def test_the_phase_change_is_of_one_curve_in_order():
     curve = pd.DataFrame(rows, columns=["sequences", "eval_set", "metric", "value"])
     assert metrics.phase_change(curve, 0.5) == pytest.approx(150)
     assert metrics.phase_change(curve, 0.5, eval_set="test_classes") == 50
+    assert metrics.phase_change(curve, 0.5, metric="accuracy") == 60
 
 
 def test_the_plateau_and_the_fall_after_it():

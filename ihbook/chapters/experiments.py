@@ -168,9 +168,10 @@ def training_sequences(settings: Settings) -> Batch:
     return task.sample(splits, settings.scale.analysed, task.seeded("analysis", run.eval_seed))
 
 
-def phase_change(result: Result) -> float:
-    """Sequences seen when a run's training loss first falls below the paper's threshold; NaN if it never does (Figure 4b)."""
-    return metrics.phase_change(result.metrics, metrics.threshold(result.run.task.n_ways))
+def phase_change(result: Result, metric: str = "loss") -> float:
+    """Sequences seen when a run's training loss first falls below the paper's threshold; NaN if it never does (Figure 4b). As
+    `metric`, "in_context_loss" leaves out the labels that are not in context."""
+    return metrics.phase_change(result.metrics, metrics.threshold(result.run.task.n_ways), metric=metric)
 
 
 def by_strength(result: Result, sequences: Batch, layer: int = 1) -> dict[int, float]:

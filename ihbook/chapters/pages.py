@@ -7,6 +7,7 @@ import ast
 import html
 import inspect
 import math
+import re
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -87,12 +88,17 @@ def fill(sentences: Sequence[str]) -> None:
 
 def say(*sentences: str) -> HTML:
     """A paragraph of these sentences, computed where a page says what was measured."""
-    return HTML(f"<p>{html.escape(' '.join(sentences))}</p>")
+    return HTML(f"<p>{_inline(' '.join(sentences))}</p>")
+
+
+def _inline(text: str) -> str:
+    """Words as HTML, with code where backticks are."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
 def _box(sentences: Sequence[str], last: str = "") -> HTML:
-    said = "".join(f"<p>{html.escape(each)}</p>" for each in sentences)
-    said += f'<p class="tally">{html.escape(last)}</p>' * bool(last)
+    said = "".join(f"<p>{_inline(each)}</p>" for each in sentences)
+    said += f'<p class="tally">{_inline(last)}</p>' * bool(last)
     return HTML(f'<div class="admonition tip nutshell"><p class="admonition-title">In a nutshell</p>{said}</div>')
 
 
@@ -109,6 +115,8 @@ def tally(verdicts: Sequence[Verdict], of: str = "this chapter") -> str:
     words = [verdict.word for verdict in verdicts if not verdict.claim.check]
     most = max(verdict.n for verdict in verdicts)
     measured = f"in this build, on {most} {_of(verdicts[0])}{'s' * (most != 1)}"
+    if not most:
+        return f"No claim of {of} was tested in this build."
     if set(words) == {"holds"}:
         return f"All {len(words)} claims of {of} hold {measured}."
     counted = [f"{n} {one if n == 1 else many}" for word, one, many in (
@@ -129,12 +137,12 @@ def _listed(words: Sequence[str]) -> str:
 
 def discussion(verdicts: Sequence[Verdict]) -> HTML:
     """What does not hold, with the likeliest reason and how one would find out."""
-    rows = [f"<p><strong>{html.escape(verdict.claim.sentence)}</strong> ({_figure(verdict.claim)}; {verdict.word}). "
-            f"{html.escape(sentence(verdict))} {html.escape(WORDINGS[verdict.key].reason)}</p>"
+    rows = [f"<p><strong>{_inline(verdict.claim.sentence)}</strong> ({_figure(verdict.claim)}; {verdict.word}). "
+            f"{_inline(sentence(verdict))} {_inline(WORDINGS[verdict.key].reason)}</p>"
             for verdict in verdicts if verdict.word in ("undecided", "direction only", "differs")]
     untested = [verdict.claim.sentence for verdict in verdicts if verdict.word == "not tested"]
     if untested:
-        rows.append(f"<p>Not tested, because no {_of(verdicts[0])} gave a number: {html.escape('; '.join(untested))}.</p>")
+        rows.append(f"<p>Not tested, because no {_of(verdicts[0])} gave a number: {_inline('; '.join(untested))}.</p>")
     return HTML('<div class="discussion">' + ("".join(rows) or "<p>Nothing differs in this build: every claim of this chapter "
                                               "holds.</p>") + "</div>")
 

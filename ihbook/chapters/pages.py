@@ -114,11 +114,12 @@ def tally(verdicts: Sequence[Verdict], of: str = "this chapter") -> str:
     """How many of the claims `of` a part of the book hold, in a sentence. Checks are no evidence, and are not counted."""
     words = [verdict.word for verdict in verdicts if not verdict.claim.check]
     most = max(verdict.n for verdict in verdicts)
-    measured = f"in this build, on {most} {_of(verdicts[0])}{'s' * (most != 1)}"
     if not most:
         return f"No claim of {of} was tested in this build."
+    one_chapter = len({verdict.claim.chapter for verdict in verdicts}) == 1  # otherwise the numbers are of different things
+    measured = "in this build" + f", on {most} {_of(verdicts[0])}{'s' * (most != 1)}" * one_chapter
     if set(words) == {"holds"}:
-        return f"All {len(words)} claims of {of} hold {measured}."
+        return f"{'Both' if len(words) == 2 else f'All {len(words)}'} claims of {of} hold {measured}."
     counted = [f"{n} {one if n == 1 else many}" for word, one, many in (
         ("holds", "holds", "hold"), ("direction only", "holds in direction only", "hold in direction only"),
         ("differs", "differs", "differ"), ("undecided", "is undecided", "are undecided"),

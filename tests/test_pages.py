@@ -73,7 +73,7 @@ def test_the_toy_model_has_draws_and_not_networks():
 
 
 def test_code_in_a_sentence_is_code():
-    assert pages.say("Try `-p n < 3` & look.").data == "<p>Try <code>-p n &lt; 3</code> &amp; look.</p>"
+    assert pages.say("Try `-p n < 3` & look.").data == '<p class="said">Try <code>-p n &lt; 3</code> &amp; look.</p>'
     assert pages.tally([judge("plateau", [])]) == "No claim of this chapter was tested in this build."
 
 

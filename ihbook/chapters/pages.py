@@ -88,7 +88,7 @@ def fill(sentences: Sequence[str]) -> None:
 
 def say(*sentences: str) -> HTML:
     """A paragraph of these sentences, computed where a page says what was measured."""
-    return HTML(f"<p>{_inline(' '.join(sentences))}</p>")
+    return HTML(f'<p class="said">{_inline(" ".join(sentences))}</p>')
 
 
 def _inline(text: str) -> str:

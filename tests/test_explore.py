@@ -311,6 +311,47 @@ def test_every_page_loads_without_a_network(browser, site, built):
         page.close()
 
 
+CONTRAST = """() => {
+  const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= 0.04 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const ground = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = parts(getComputedStyle(e).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0.5) return colour;
+    }
+    return [255, 255, 255];
+  };
+  return [...document.querySelectorAll(".nutshell p, .said, .discussion p")].map(element => {
+    const [a, b] = [light(parts(getComputedStyle(element).color)), light(ground(element))];
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  });
+}"""
+
+
+@pytest.mark.xdist_group("book")
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_computed_sentences_can_be_read(browser, site, mode):
+    page, _ = opened(browser, f"{site}/07_subcircuits.html")
+    page.evaluate("mode => document.documentElement.dataset.theme = mode", mode)
+    contrasts = page.evaluate(CONTRAST)
+    assert len(contrasts) > 8 and min(contrasts) >= 4.5  # what WCAG asks of text
+    page.close()
+
+
+@pytest.mark.xdist_group("book")
+@pytest.mark.slow
+def test_no_page_is_wider_than_a_phone(browser, site, built):
+    wide = []
+    for name in sorted(path.name for path in built[0].glob("*.html")):
+        page, _ = opened(browser, f"{site}/{name}", 390)
+        if page.evaluate("document.documentElement.scrollWidth > window.innerWidth"):
+            wide.append(name)
+        page.close()
+    assert not wide
+
+
 @pytest.mark.xdist_group("book")
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1366, 390])

@@ -44,7 +44,8 @@ def _plain(text):
 def test_an_undecided_claim_says_so():
     claim = CLAIMS["plateau"]
     found = judge("plateau", [claim.high - 0.01, claim.high - 0.01, claim.high + 0.5])
-    assert found.word == "undecided" and "do not settle" in pages.sentence(found)
+    said = pages.sentence(found)
+    assert found.word == "undecided" and "3 networks do not settle this" in said and claim.measure in said and claim.holds_if in said
     assert claim.sentence in pages.discussion([found]).data
 
 

@@ -153,8 +153,9 @@ class Verdict:
 
     @property
     def n_needed(self) -> int | None:
-        """About how many seeds would decide an undecided claim, if the median stays where it is; None for another."""
-        if self.word != "undecided":
+        """About how many seeds would decide an undecided claim, if the median stays where it is; None for another, and for fewer
+        than six numbers, whose interval is no more than their range."""
+        if self.word != "undecided" or self.n < 6:
             return None
         middle, ratios = self.median, []
         for bound in (self.claim.low, self.claim.high):

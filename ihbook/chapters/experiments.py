@@ -251,8 +251,8 @@ class LabelGroup:
 
 
 def common_and_rare(n_common: int, n_ways: int) -> tuple[LabelGroup, LabelGroup]:
-    """Of 3 `n_common` labels, the first `n_common` stand together in every set of `n_ways` of them, so that they are common; the
-    others, which are rare, stand together in as few sets as have them all (chapter 8)."""
+    """Two groups of labels, from 3 × `n_common` in all. The first `n_common` are common: every set of `n_ways` of them is a label
+    set. The others are rare: they form only as many label sets as it takes to use each of them (chapter 8)."""
     rest = list(range(n_common, 3 * n_common))
     few = [tuple(sorted(rest[(start + way) % len(rest)] for way in range(n_ways))) for start in range(0, len(rest), n_ways)]
     return (LabelGroup("common", tuple(itertools.combinations(range(n_common), n_ways))), LabelGroup("rare", tuple(few)))

@@ -72,7 +72,9 @@ def sentence(verdict: Verdict) -> str:
     else:
         said = (words.held if inside else words.not_held).format(**numbers)
     if verdict.word == "undecided":
-        return f"{said} {verdict.n} {_of(verdict)}s do not settle this: the interval ({verdict.spread}) contains the limit."
+        claim = verdict.claim
+        return (f"“{claim.sentence}”: {verdict.n} {_of(verdict)}s do not settle this. We measure the {claim.measure}. It is "
+                f"{verdict.measured}, and the claim asks for {claim.holds_if}.")
     return f"{said} The direction is the paper's." if verdict.word == "direction only" else said
 
 
@@ -165,7 +167,7 @@ def headline(chapter: str, verdicts: Mapping[str, Verdict]) -> str:
         return f"It {'holds' if held else 'does not hold'} here: some of the {words.of}s never get that far."
     said = (words.held if held else words.not_held).format(**numbers)
     unsettled = not held and all(verdict.word in ("holds", "check", "undecided") for verdict in asked)
-    return f"{said} The {words.of}s of this build do not settle it." if unsettled else said
+    return f"{said} Not all of this is settled by the {words.of}s of this build." if unsettled else said
 
 
 def headlines(verdicts: Mapping[str, Verdict]) -> Markdown:

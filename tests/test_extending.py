@@ -442,6 +442,10 @@ blocks.SHARE_FROM, blocks.n_cores = 1, lambda: 2  # in processes, from a script 
 run = dict(bank=BankConfig("gaussian", n_classes=30, dim=16), task=TaskConfig(n_classes=10, n_test_classes=10), n_sequences=640)
 results = train([RunConfig(**run), RunConfig(**run, clamps=[Copy((1, 0))])], progress=False)
 names = [name for _, name, _ in pkgutil.walk_packages(ihbook.__path__, "ihbook.")]
+from pathlib import Path
+from ihbook.chapters import kernel
+scripts = [path.relative_to(Path(ihbook.__file__).parents[1]) for path in kernel.FOLDER.rglob("*.py")]  # a kernel is no module
+names += [".".join(path.with_suffix("").parts) for path in scripts]
 print(json.dumps([ihbook.__file__, [len(r.metrics) for r in results], len(claims.CLAIMS), len(panels.SCRIPT) > 100, names]))
 """)
     out = subprocess.run([python, script], cwd=tmp_path, text=True, capture_output=True)

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import tomllib
 
@@ -113,7 +114,7 @@ def test_binder_starts_what_it_is_asked_to_with_the_quick_profile():
 
 def build_one_page(root, url):
     """Build a book of one notebook with this project's settings and an address; return its page, and what the build said."""
-    (root / "book").mkdir(parents=True)
+    shutil.copytree(ROOT / "book/_static", root / "book/_static")
     config = (ROOT / "_config.yml").read_text()
     assert config.count('\n  url: ""  #') == 1
     (root / "_config.yml").write_text(config.replace('\n  url: ""  #', f'\n  url: "{url}"  #'))

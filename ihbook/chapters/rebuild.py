@@ -64,6 +64,8 @@ def _readable(app, what, name, obj, options, signature, returns):
 def _link(app, config):
     """Give each page the buttons for the repository and for Binder; without an address, no page has them."""
     options = config.html_theme_options
-    options["use_repository_button"] = bool(options.get("repository_url"))
-    if not options["use_repository_button"]:
-        options.pop("launch_buttons", None)
+    if options.get("repository_url"):
+        options["use_repository_button"] = True
+    else:
+        for name in ("use_repository_button", "launch_buttons"):
+            options.pop(name, None)

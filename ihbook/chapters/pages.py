@@ -207,4 +207,3 @@ def _without_docstring(source: str) -> list[str]:
             text = node.body[0]
             lines[text.lineno - 1:text.end_lineno] = [None] * (text.end_lineno - text.lineno + 1)
     return [line for line in lines if line is not None]
-

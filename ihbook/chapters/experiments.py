@@ -233,6 +233,18 @@ def six_runs(settings: Settings, head: int, previous: int, nth: int = 0) -> dict
             for name, chosen in six_ways(head, previous).items()}
 
 
+def previous_token_runs(settings: Settings, head: int, previous: Sequence[int], nth: int = 0) -> dict[str, RunConfig]:
+    """The runs of Figure 8 for the `nth` seed, by which heads of Layer 1 are clamped to the token before: those of Figure 5b with
+    none and with the last (strongest) of `previous`, and with the first that is not in it, all of it, and every head."""
+    six, n_heads = six_runs(settings, head, previous[-1], nth), settings.n_heads
+    chosen = {"another head": [next(h for h in range(n_heads) if h not in previous)], "three heads": previous,
+              "all eight": range(n_heads)}
+    return {name: six[name] for name in ("nothing", "previous token")} | {
+        name: single_head(settings.run(8e5, nth=nth), head,
+                          clamps.PreviousToken((0, some[0]) if len(some) == 1 else [(0, h) for h in some]))
+        for name, some in chosen.items()}
+
+
 @dataclass(frozen=True)
 class LabelGroup:
     """Some of the labels: the `label_sets` `[set][way]` that they form, and an evaluation set of training characters with these

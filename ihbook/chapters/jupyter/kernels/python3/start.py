@@ -7,9 +7,13 @@ import sys
 from ipykernel.kernelapp import IPKernelApp
 
 
+# What any kernel may say: that it uses TCP, and, as who ends it first interrupts it, that an interrupt came between two cells.
+USUAL = ("TCP without encryption", "KeyboardInterrupt caught in kernel")
+
+
 def says_something_new(record: logging.LogRecord) -> bool:
-    """Whether a log record is not ipykernel's warning of TCP, which every kernel would repeat. All others are shown."""
-    return "TCP without encryption" not in record.getMessage()
+    """Whether a log record is not one of ipykernel's usual. An interrupted cell has its own traceback all the same."""
+    return not any(usual in record.getMessage() for usual in USUAL)
 
 
 def import_at_once(_) -> None:

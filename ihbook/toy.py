@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -35,12 +36,14 @@ def measures(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, 
     return columns | {"loss_given_b_and_c": torch.minimum(*given)}
 
 
-def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, float | Sequence[float]] = (), *, n_dims: int = 20,
-          n_iterations: int = 1000, lr: float = 1.0) -> pd.DataFrame:
+def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, float | Sequence[float]] = (), *,
+          start: float | Sequence[float] = 0, until: float | Sequence[float] = math.inf, n_dims: int = 20, n_iterations: int = 1000,
+          lr: float = 1.0) -> pd.DataFrame:
     """Gradient descent on `loss` from N(0, I), one run per seed; vectors in `clamped` are the truth throughout (Figures 5a, 9).
 
     `clamped={"c": 0.5}` gives a strength from 0 to 1, one for all runs or one per run: in place of c, the product has strength ·
-    truth + (1 − strength) · the learnt c. Raises ValueError for another name in `clamped`, or a number out of range.
+    truth + (1 − strength) · the learnt c. Clamps hold from iteration `start` on, and no longer at `until`, one for all runs or one
+    per run (chapter 11). Raises ValueError for another name in `clamped`, or a number out of range.
 
     The table has one row per run and iteration, 0 to `n_iterations`, measured before the step: iteration; run (the seed); `loss`;
     `relative_loss`, the loss divided by that of learning nothing (of a product that is 0); and `measures` of the vectors.
@@ -53,6 +56,10 @@ def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, f
         if each.shape not in ((), (len(seeds),)) or not ((each >= 0) & (each <= 1)).all():
             raise ValueError(f"clamped: the strength of {name} is {value!r}; it must be from 0 to 1, one for all runs or one each")
         strength[name] = each.view(-1, 1)
+    first, last = (torch.as_tensor(value, dtype=torch.float64) for value in (start, until))
+    for name, value, each in (("start", start, first), ("until", until, last)):
+        if each.shape not in ((), (len(seeds),)) or not (each >= 0).all():
+            raise ValueError(f"{name}={value!r} must be a number of iterations from 0 up, one for all runs or one each")
     whole("n_dims", n_dims, 1)
     whole("n_iterations", n_iterations, 1)
     at_least("lr", lr, 0)
@@ -63,21 +70,22 @@ def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, f
 
     truth, vectors = draw(), draw()
 
-    def seen(own: dict[str, Tensor]) -> dict[str, Tensor]:
-        return own | {name: s * truth[name] + (1 - s) * own[name] for name, s in strength.items()}
+    def seen(own: dict[str, Tensor], iteration: int) -> dict[str, Tensor]:
+        on = ((first <= iteration) & (iteration < last)).view(-1, 1)
+        return own | {name: s * on * truth[name] + (1 - s * on) * own[name] for name, s in strength.items()}
 
     nothing = loss({name: torch.zeros_like(v) for name, v in truth.items()}, truth)
 
-    def summed(own: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        values = loss(seen(own), truth)
+    def summed(own: dict[str, Tensor], iteration: int) -> tuple[Tensor, Tensor]:
+        values = loss(seen(own, iteration), truth)
         return values.sum(), values
 
     gradient = torch.func.grad(summed, has_aux=True)
     kept = []
-    for _ in range(n_iterations + 1):
-        gradients, value = gradient(vectors)
+    for iteration in range(n_iterations + 1):
+        gradients, value = gradient(vectors, iteration)
         losses = {"loss": value.clamp(min=0), "relative_loss": (value / nothing).clamp(min=0)}
-        kept.append(losses | measures(seen(vectors), truth))
+        kept.append(losses | measures(seen(vectors, iteration), truth))
         vectors |= {name: vectors[name] - lr * gradients[name] for name in NAMES}
     rows = pd.MultiIndex.from_product([range(n_iterations + 1), list(seeds)], names=["iteration", "run"])
     return pd.DataFrame({name: torch.cat([each[name] for each in kept]).numpy() for name in kept[0]}, index=rows).reset_index()

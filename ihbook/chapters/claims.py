@@ -1,4 +1,4 @@
-"""The paper's claims as values: how each claim is measured, when it holds, and what was found."""
+"""Claims as values, the paper's and the book's own predictions: how each is measured, when it holds, and what was found."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from ihbook.files import writing
 
 WORDS = ("holds", "direction only", "differs", "undecided", "check", "not tested")
 COVERAGE = 0.95  # of all intervals
+PREDICTED = "predicted here"  # the source of a claim that nobody has published
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A published claim. It holds where the median over seeds of the measured number lies from `low` to `high` (`why` says why
-    there, `source` where the published number comes from, `bounds` when they were set and changed), and in direction only where it
-    lies from `direction_low` to `direction_high`. A `check` is true by definition or algebra, so that it is no evidence.
+    """A published claim, or a prediction of this book (`source` says so). It holds where the median over seeds of the measured
+    number lies from `low` to `high` (`why` says why there, `source` where the published number comes from, `bounds` when they were
+    set and changed), and in direction only where it lies from `direction_low` to `direction_high`. A `check` is true by definition
+    or algebra, so that it is no evidence.
     """
 
     key: str
@@ -65,6 +67,11 @@ class Claim:
         """What would have refuted the claim, in words."""
         parts = [f"below {self.low:g}"] * (self.low > -math.inf) + [f"above {self.high:g}"] * (self.high < math.inf)
         return "an interval all " + " or all ".join(parts)
+
+    @property
+    def new(self) -> bool:
+        """Whether this is a prediction of this book, and no claim of the paper."""
+        return self.source == PREDICTED
 
     @property
     def has_direction(self) -> bool:
@@ -223,10 +230,12 @@ def judge(claim: str | Claim, values: float | Sequence[float], seeds: Sequence[i
 
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
-    """Claims and verdicts as the book shows them, one row per claim."""
-    return pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, v.n, v.word, f"{c.measure}: {c.holds_if}")
+    """Claims and verdicts as the book shows them, one row per claim. A prediction has no figure, and nothing published."""
+    rows = pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, v.n, v.word, f"{c.measure}: {c.holds_if}")
                          for v in verdicts for c in [v.claim]],
                         columns=["figure", "claim", "published", "measured", "n", "verdict", "what is measured: when it holds"])
+    predictions = all(verdict.claim.new for verdict in verdicts)
+    return rows.drop(columns=["figure", "published"]).rename(columns={"claim": "prediction"}) if predictions else rows
 
 
 def record(verdicts: Sequence[Verdict], settings: Settings) -> pd.DataFrame:
@@ -262,4 +271,5 @@ def load(text: str) -> dict[str, Claim]:
     return {key: Claim(key, **fields) for key, fields in tomllib.loads(text).items()}
 
 
-CLAIMS = load(files("ihbook.chapters").joinpath("claims.toml").read_text(encoding="utf-8"))
+CLAIMS = load("\n".join(files("ihbook.chapters").joinpath(name).read_text(encoding="utf-8")
+                        for name in ("claims.toml", "predictions.toml")))

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -47,14 +47,16 @@ class Column:
 def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str | Path, *, name: str | None = None,
             chapters: Sequence[str] = (), executor: Executor | None = None, progress: bool = True) -> Column:
     """Run the chapters that test claims, with each of `seeds`, and gather their numbers in a column. `out` keeps what is finished,
-    and the same call goes on from there. `chapters` (such as "03_many_heads") leaves out the others. `executor`: see `sweep.sweep`.
+    and the same call goes on from there. `chapters` (such as "03_many_heads") leaves out the others; without it, those that test
+    predictions of this book are left out. `executor`: see `sweep.sweep`.
 
     Raises ValueError for a `book` without such chapters, or fewer than two seeds; RuntimeError where a chapter fails.
     """
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}: give at least two different ones; an interval over seeds needs them")
-    notebooks = [path for path in sorted(Path(book).glob("[0-9]*.ipynb"))
-                 if "verdicts = [" in path.read_text(encoding="utf-8") and (not chapters or path.stem in chapters)]
+    past = {claim.chapter for claim in CLAIMS.values() if claim.new}
+    notebooks = [path for path in sorted(Path(book).glob("[0-9]*.ipynb")) if "verdicts = [" in path.read_text(encoding="utf-8")
+                 and (path.stem in chapters if chapters else path.stem not in past)]
     if not notebooks:
         raise ValueError(f"{book} has no chapters that test claims; give the folder of the book's notebooks"
                          + f", and chapters among them, not {', '.join(chapters)}" * bool(chapters))
@@ -228,9 +230,19 @@ def schema() -> dict[str, Any]:
 
 def matrix(every: Sequence[Column]) -> pd.DataFrame:
     """Claims × columns: the verdict, the median and its interval, and n."""
-    rows = [{"figure": claim.figure, "claim": claim.sentence, "holds if": claim.holds_if,
-             **{column.name: measured_in_words(column[key]) for column in every}} for key, claim in CLAIMS.items()]
+    rows = [{"figure": verdict.claim.figure, "claim": verdict.claim.sentence, "holds if": verdict.claim.holds_if,
+             **{column.name: measured_in_words(column[verdict.key]) for column in every}} for verdict in every[0].verdicts]
     return pd.DataFrame(rows)
+
+
+def of_paper(column: Column) -> Column:
+    """The column's verdicts on the paper's claims."""
+    return replace(column, verdicts=[verdict for verdict in column.verdicts if not verdict.claim.new])
+
+
+def of_predictions(column: Column) -> Column:
+    """The column's verdicts on this book's own predictions."""
+    return replace(column, verdicts=[verdict for verdict in column.verdicts if verdict.claim.new])
 
 
 def of_build(settings: Settings) -> Column:
@@ -244,7 +256,7 @@ def of_build(settings: Settings) -> Column:
 def disagreements(every: Sequence[Column]) -> dict[str, dict[str, str]]:
     """The claims on which columns that decide disagree: the verdict by column. One that is undecided or untested has no say."""
     found = {}
-    for key in CLAIMS:
+    for key in (verdict.key for verdict in every[0].verdicts):
         words = {column.name: column[key].word for column in every}
         decided = {name: word for name, word in words.items() if word not in ("undecided", "not tested")}
         if len(set(decided.values())) > 1:
@@ -254,7 +266,7 @@ def disagreements(every: Sequence[Column]) -> dict[str, dict[str, str]]:
 
 def apart(a: Column, b: Column) -> list[str]:
     """The claims whose intervals on two columns do not overlap, checks left out: what lies between the columns moves these."""
-    return [key for key, claim in CLAIMS.items() if not claim.check and (x := a[key].interval) and (y := b[key].interval)
+    return [v.key for v in a.verdicts if not v.claim.check and (x := v.interval) and (y := b[v.key].interval)
             and (x[1] < y[0] or y[1] < x[0])]
 
 

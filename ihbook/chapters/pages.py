@@ -74,7 +74,7 @@ def sentence(verdict: Verdict) -> str:
     if verdict.word == "undecided":
         claim = verdict.claim
         return (f"“{claim.sentence}”: {verdict.n} {_of(verdict)}s do not settle this. We measure the {claim.measure}. It is "
-                f"{verdict.measured}, and the claim asks for {claim.holds_if}.")
+                f"{verdict.measured}, and the {_kind([verdict])} asks for {claim.holds_if}.")
     return f"{said} The direction is the paper's." if verdict.word == "direction only" else said
 
 
@@ -116,17 +116,22 @@ def tally(verdicts: Sequence[Verdict], of: str = "this chapter") -> str:
     """How many of the claims `of` a part of the book hold, in a sentence. Checks are no evidence, and are not counted."""
     words = [verdict.word for verdict in verdicts if not verdict.claim.check]
     most = max(verdict.n for verdict in verdicts)
+    kind = _kind(verdicts)
     if not most:
-        return f"No claim of {of} was tested in this build."
+        return f"No {kind} of {of} was tested in this build."
     one_chapter = len({verdict.claim.chapter for verdict in verdicts}) == 1  # otherwise the numbers are of different things
     measured = "in this build" + f", on {most} {_of(verdicts[0])}{'s' * (most != 1)}" * one_chapter
     if set(words) == {"holds"}:
-        return f"{'Both' if len(words) == 2 else f'All {len(words)}'} claims of {of} hold {measured}."
+        return f"{'Both' if len(words) == 2 else f'All {len(words)}'} {kind}s of {of} hold {measured}."
     counted = [f"{n} {one if n == 1 else many}" for word, one, many in (
         ("holds", "holds", "hold"), ("direction only", "holds in direction only", "hold in direction only"),
         ("differs", "differs", "differ"), ("undecided", "is undecided", "are undecided"),
         ("not tested", "was not tested", "were not tested")) if (n := words.count(word))]
-    return f"Of the {len(words)} claims of {of}, {_listed(counted)} {measured}."
+    return f"Of the {len(words)} {kind}s of {of}, {_listed(counted)} {measured}."
+
+
+def _kind(verdicts: Sequence[Verdict]) -> str:
+    return "prediction" if all(verdict.claim.new for verdict in verdicts) else "claim"
 
 
 def _of(verdict: Verdict) -> str:
@@ -146,11 +151,13 @@ def discussion(verdicts: Sequence[Verdict]) -> HTML:
     untested = [verdict.claim.sentence for verdict in verdicts if verdict.word == "not tested"]
     if untested:
         rows.append(f"<p>Not tested, because no {_of(verdicts[0])} gave a number: {_inline('; '.join(untested))}.</p>")
-    return HTML('<div class="discussion">' + ("".join(rows) or "<p>Nothing differs in this build: every claim of this chapter "
-                                              "holds.</p>") + "</div>")
+    return HTML('<div class="discussion">' + ("".join(rows) or f"<p>Nothing differs in this build: every {_kind(verdicts)} of this "
+                                              "chapter holds.</p>") + "</div>")
 
 
 def _figure(claim: Claim) -> str:
+    if claim.new:
+        return "predicted here"
     return f"Table {claim.figure[1:]}" if claim.figure.startswith("T") else (
         claim.figure if claim.figure.startswith("§") else f"Figure {claim.figure}")
 

@@ -178,9 +178,9 @@ def headline(chapter: str, verdicts: Mapping[str, Verdict]) -> str:
 
 
 def headlines(verdicts: Mapping[str, Verdict]) -> Markdown:
-    """The introduction's list: what each chapter found, with a link to it, by the verdicts on all claims."""
+    """The introduction's list: what each chapter found whose claims are among these verdicts, with a link to it."""
     return Markdown("\n".join(f"- [{words.title}]({chapter}.ipynb): {headline(chapter, verdicts)}"
-                              for chapter, words in HEADLINES.items()))
+                              for chapter, words in HEADLINES.items() if words.claims[0] in verdicts))
 
 
 def across(verdicts: Mapping[str, Verdict]) -> str:

@@ -13,6 +13,7 @@ from functools import wraps
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
@@ -200,4 +201,36 @@ def wiring(grids: Mapping[str, torch.Tensor], rows: Sequence[str], columns: Sequ
     figure.alt = f"Heat maps of {words}, Layer 2's heads by Layer 1's: " + "; ".join(
         f"{title.strip()}, from {grid.min():.2f} to {grid.max():.2f}, in the first row least at {columns[int(grid[0].argmin())]} "
         f"and most at {columns[int(grid[0].argmax())]}" for title, grid in grids.items()) + "."
+    return figure
+
+
+@in_style
+def ratio_maps(rows: Mapping[str, Mapping[str, pd.DataFrame]], x: str, y: str) -> Picture:
+    """Heat maps of ratios, one row of maps per entry of `rows`, one map per name: blue below 1, orange above, each with its number
+    (∞: never). Frames have what is along `y` as index and along `x` as columns; what a row lacks stays empty (chapter 11)."""
+    names = list(dict.fromkeys(name for maps in rows.values() for name in maps))
+    figure = Picture(figsize=(9.6, 0.5 + 2.0 * len(rows)))
+    scale, words = sns.diverging_palette(240, 30, s=85, l=60, as_cmap=True), []
+    for line, (row, maps) in zip(figure.subplots(len(rows), len(names), squeeze=False), rows.items(), strict=True):
+        for axes, name in zip(line, names, strict=True):
+            if name not in maps:
+                axes.axis("off")
+                continue
+            found = maps[name].sort_index()
+            shades = np.log2(found.clip(0.25, 4).to_numpy(float))
+            axes.imshow(shades, cmap=scale, vmin=-1.5, vmax=1.5, aspect="auto", origin="lower")
+            for (i, j), value in np.ndenumerate(found.to_numpy(float)):
+                axes.text(j, i, "∞" if np.isinf(value) else f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=INK)
+            axes.set(xticks=range(found.shape[1]), yticks=range(found.shape[0]), title=name)
+            axes.set_xticklabels([f"{at:g}" for at in found.columns])
+            axes.set_yticklabels([f"{at:g}" for at in found.index])
+            axes.tick_params(length=0, labelsize=8.5)
+            axes.title.set_fontsize(9.5)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            words.append(f"{row}, {name}: " + ", ".join(
+                f"{value:.2f} at start {start:g} and length {length:g}" for (length, start), value in found.stack().items()))
+        next(axes for axes in line if axes.axison).set_ylabel(f"{row}\n{y}", fontsize=9.5)
+    figure.supxlabel(x, fontsize=9.5, color=INK)
+    figure.alt = "Heat maps of ratios. " + "; ".join(words) + "."
     return figure

@@ -148,11 +148,13 @@ def head_strengths(heads: pd.DataFrame, final: Sequence[float], *, layer: int = 
 
 @in_style
 def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping[str, str], *, n_ways: int = 2,
-                 across: Mapping[str, str] | None = None) -> Picture:
+                 across: Mapping[str, str] | None = None,
+                 spans: Mapping[str, Mapping[str, tuple[float, float]]] | None = None) -> Picture:
     """Small multiples of loss (nats), two per row, from the columns panel, group, run, sequences, value (Figures 6, 15).
 
     `panels` maps panels to titles, `colour` groups to colours, in order. Lines are medians over runs, bands their range. `across`
-    maps a panel whose column "sequences" counts something else to words for it.
+    maps a panel whose column "sequences" counts something else to words for it. `spans` maps panels and groups to the window in
+    which a group was helped, a bar at the top.
     """
     figure = Picture(figsize=(7.6, 2.75 * -(-len(panels) // 2)))
     grid = figure.subplots(-(-len(panels) // 2), 2, sharey=True).flatten()
@@ -168,6 +170,9 @@ def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping
         axes.set(title=title, ylim=(-0.02 * high, high), ylabel="loss (nats)" if axes in grid[::2] else "")
         _millions(axes, rows["sequences"].max())
         axes.set_xlabel((across or {}).get(panel, axes.get_xlabel()))
+        for i, (name, window) in enumerate((spans or {}).get(panel, {}).items()):
+            axes.plot(window, [(0.97 - 0.045 * i) * high] * 2, color=colour[name], lw=4, solid_capstyle="butt")
+            words[-1] += f", {name} from {window[0]:,.0f} to {window[1]:,.0f}"
     legend = grid[0] if spare is None else spare
     for name, hue in colour.items():
         legend.plot([], [], color=hue, label=name)
@@ -184,12 +189,12 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
                published: Mapping[str, Sequence[tuple[float, float]]] | None = None,
                threshold: bool = False, log: bool = False, dashed: Sequence[str] = (), y: str = "training loss (nats)",
                x: str | None = None, n_ways: int = 2, guess: bool = True, top: float | None = None,
-               line: float | None = None) -> Picture:
+               lines_at: Sequence[float] = ()) -> Picture:
     """Curves of groups of runs, from the columns group, run, sequences, value: each group's median over runs, and its range.
 
     `colour` maps groups to colours, in order. `guess` marks ln `n_ways`, the loss of guessing among the labels in context;
     `threshold` marks 0.4 times that, and where each median is first below it. `published` maps groups to points (sequences,
-    value) of the paper, which are open circles. `x` replaces "sequences seen"; `line` is the x of a vertical line.
+    value) of the paper, which are open circles. `x` replaces "sequences seen"; `lines_at` are the x of vertical lines.
     """
     figure = Picture(figsize=(7.6, 4.1))
     axes = figure.subplots()
@@ -218,8 +223,8 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
     if threshold:
         axes.axhline(low, color=MUTED, ls=(0, (1, 2)), lw=1)
         axes.text(0.995 * last, low, f"0.4 ln {n_ways}", **ground)
-    if line is not None:
-        axes.axvline(line, color=MUTED, lw=1)
+    for at in lines_at:
+        axes.axvline(at, color=MUTED, lw=1)
     if log:
         axes.set_yscale("log")
     else:

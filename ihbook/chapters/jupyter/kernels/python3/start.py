@@ -6,7 +6,6 @@ import sys
 
 from ipykernel.kernelapp import IPKernelApp
 
-
 # What any kernel may say: that it uses TCP, and, as who ends it first interrupts it, that an interrupt came between two cells.
 USUAL = ("TCP without encryption", "KeyboardInterrupt caught in kernel")
 

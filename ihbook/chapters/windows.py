@@ -1,0 +1,111 @@
+"""Help for a while: the clamps of Figure 5b in windows of training, in a network and in the toy model, and what is left when they
+end (chapter 11)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from ihbook import metrics, toy
+from ihbook.chapters import experiments
+from ihbook.clamps import Ablate, BlockPreviousToken, Clamp, During
+from ihbook.config import RunConfig
+from ihbook.engine.results import Result
+
+Window = tuple[int, int]  # from the first number of sequences seen on, and no longer at the second
+TOY_LEVEL = 0.4  # of the loss of learning nothing: as the threshold of a phase change is of a guess between the labels
+GIVEN = {"layer 1": ("a",), "match": ("a", "b"), "copy": ("c",), "layer 1 and copy": ("a", "c")}  # vectors that stand for a clamp
+
+
+def check(starts: Sequence[float], lengths: Sequence[float]) -> None:
+    """Raise ValueError unless windows can have these starts and lengths."""
+    for name, values, least in (("starts", starts, "from 0 to 1"), ("lengths", lengths, "above 0")):
+        if not isinstance(values, (list, tuple)) or not values or not all(
+                isinstance(x, (int, float)) and (0 <= x <= 1 if name == "starts" else 0 < x) for x in values):
+            raise ValueError(f"{name}={values!r} must be a list of numbers {least}")
+
+
+def need(never: float, always: float) -> float:
+    """The unit of a window's length: the time that learning takes under a clamp that always holds, or a quarter of the time
+    without it (`never`) where that is less. NaN where nothing is learnt without it."""
+    return math.nan if math.isnan(never) else np.fmin(always, never / 4)
+
+
+def place(run: RunConfig, start: float, length: float) -> Window:
+    """The window of about this start and length, in sequences, whose edges are evaluations of the run. It is never empty."""
+    first = round(start / run.eval_every) * run.eval_every
+    return first, first + max(1, round(length / run.eval_every)) * run.eval_every
+
+
+def helped(run: RunConfig, clamps: Sequence[Clamp], window: Window) -> RunConfig:
+    """The run with these clamps too, in a window of its training."""
+    return replace(run, clamps=(*run.clamps, *(During(clamp, *window) for clamp in clamps)))
+
+
+def grid(run: RunConfig, ways: Mapping[str, Sequence[Clamp]], never: float, always: Mapping[str, float], starts: Sequence[float],
+         lengths: Sequence[float]) -> dict[tuple[str, float, float], tuple[RunConfig, Window]]:
+    """The run under each of `ways` in windows that start at a share of `never` and have a length in units of `need`, by (name,
+    start, length), each with its window; nothing where `never` is NaN."""
+    windows = {(name, start, length): place(run, start * never, length * need(never, always[name]))
+               for name in ways for start in starts for length in lengths if not math.isnan(never)}
+    return {key: (helped(run, ways[key[0]], window), window) for key, window in windows.items()}
+
+
+def time_without_help(result: Result, until: int) -> float:
+    """Sequences seen when the training loss is first below the threshold of a phase change once the help has ended, `until`."""
+    losses = experiments.curve(result).set_index("sequences")["value"]
+    return metrics.crossing(losses[losses.index >= until], metrics.threshold(result.run.task.n_ways))
+
+
+def lesions(settings: experiments.Settings, head: int, nth: int = 0) -> tuple[dict[str, RunConfig], Window]:
+    """Runs of the full network in which something is taken away for a while after the phase change, and that window: Layer 2's
+    head `head`, or all attention of Layer 1 to the token before."""
+    run = settings.run(nth=nth, heads_every=5000)
+    window = place(run, settings.length(6e5), settings.length(1e5))
+    layer1 = [(0, h) for h in range(settings.n_heads)]
+    return {"strongest head off": helped(run, [Ablate((1, head))], window),
+            "no previous token": helped(run, [BlockPreviousToken(layer1)], window)}, window
+
+
+def strengths(result: Result, before: int, layer: int = 1) -> pd.Series:
+    """The strengths of a layer's heads at the last evaluation before that many sequences, by head."""
+    heads = result.heads[(result.heads["layer"] == layer) & (result.heads["sequences"] < before)]
+    return heads[heads["sequences"] == heads["sequences"].max()].set_index("head")["strength"]
+
+
+def of_toy(seeds: Sequence[int], starts: Sequence[float], lengths: Sequence[float], n_iterations: int = 1500) -> pd.DataFrame:
+    """The same windows in the toy model, one row per draw, clamp and window: columns clamp, start, length, run (the draw), ratio
+    (the time of the drop over that without help), loss_after (when the help ends, in units of the loss of learning nothing)."""
+    seeds = list(seeds)
+
+    def losses(given: Sequence[str], first: Sequence[float] | float, last: Sequence[float] | float, draws: list[int]) -> np.ndarray:
+        table = toy.descend(draws, given, start=first, until=last, n_iterations=n_iterations)
+        return table["relative_loss"].to_numpy().reshape(n_iterations + 1, len(draws))
+
+    def times(found: np.ndarray, since: Sequence[int]) -> list[float]:
+        return [metrics.crossing(pd.Series(column).iloc[start:], TOY_LEVEL) for column, start in zip(found.T, since, strict=True)]
+
+    from_start, rows = [0] * len(seeds), []
+    never = times(losses((), 0, 0, seeds), from_start)
+    for clamp, given in GIVEN.items():
+        always = times(losses(given, 0, math.inf, seeds), from_start)
+        cases = [(start, length, i, round(start * never[i])) for start in starts for length in lengths for i in range(len(seeds))
+                 if not math.isnan(never[i])]
+        first = [at for *_, at in cases]
+        last = [at + max(1, round(length * need(never[i], always[i]))) for _, length, i, at in cases]
+        found = losses(given, first, last, [seeds[i] for *_, i, _ in cases])
+        rows += [{"clamp": clamp, "start": start, "length": length, "run": seeds[i], "ratio": time / never[i],
+                  "loss_after": found[until, column] if until <= n_iterations else math.nan}
+                 for column, ((start, length, i, _), until, time) in enumerate(zip(cases, last, times(found, last), strict=True))]
+    return pd.DataFrame(rows, columns=["clamp", "start", "length", "run", "ratio", "loss_after"])
+
+
+def medians(table: pd.DataFrame, column: str = "ratio") -> dict[str, pd.DataFrame]:
+    """The median of a column over runs, by clamp: length × start. A run that never gets there is the slowest."""
+    filled = table.assign(**{column: table[column].fillna(math.inf)})
+    return {clamp: rows.pivot_table(index="length", columns="start", values=column, aggfunc="median")
+            for clamp, rows in filled.groupby("clamp", sort=False)}

@@ -198,7 +198,9 @@ def crossing(values: pd.Series, level: float) -> float:
     if not len(below):
         return math.nan
     i = below[0]
-    return float(x[0] if i == 0 else x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - level) / (y[i - 1] - y[i]))
+    if i == 0:
+        return float(x[0])
+    return float(x[i - 1] + (x[i] - x[i - 1]) * (y[i - 1] - level) / (y[i - 1] - y[i]))
 
 
 def plateau(losses: pd.Series, change: float) -> tuple[float, float, float]:

@@ -20,7 +20,8 @@ def loss(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
         return torch.stack([(v[name] * w[name]).sum(1) for name in NAMES]).prod(0)
 
     size = truth["a"].shape[1] ** 3
-    return 0.5 * (inner(truth, truth) - 2 * inner(vectors, truth) + inner(vectors, vectors)) / size
+    squares = inner(truth, truth) - 2 * inner(vectors, truth) + inner(vectors, vectors)
+    return 0.5 * squares / size
 
 
 def measures(vectors: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,7 +73,8 @@ def descend(seeds: Sequence[int] = (1,), clamped: Sequence[str] | Mapping[str, f
 
     def seen(own: dict[str, Tensor], iteration: int) -> dict[str, Tensor]:
         on = ((first <= iteration) & (iteration < last)).view(-1, 1)
-        return own | {name: s * on * truth[name] + (1 - s * on) * own[name] for name, s in strength.items()}
+        return own | {name: s * on * truth[name] + (1 - s * on) * own[name]
+                      for name, s in strength.items()}
 
     nothing = loss({name: torch.zeros_like(v) for name, v in truth.items()}, truth)
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import BUILD, ROOT, TOOLS, copy_of_the_book, shared
 
 from ihbook.chapters import evidence, pages
-from ihbook.chapters.claims import CLAIMS
+from ihbook.chapters.claims import CLAIMS, PREDICTED
 
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
 
@@ -51,7 +51,7 @@ def test_every_figure_and_table_of_the_paper_is_in_the_book():
                 for line in cell.source.splitlines() if line.startswith("#")]
     found = {claim.figure for claim in CLAIMS.values()}
     for line in headings:
-        for kind, rest in re.findall(r"(Figure|Table)s? ([^)]*)", line):
+        for kind, rest in re.findall(r"(Figure|Table)s?\s([^)]*)", line):
             found |= {("T" if kind == "Table" else "") + name for name in re.findall(r"\d+[a-z]?", rest)}
     assert set(PUBLISHED) <= found, set(PUBLISHED) - found
 
@@ -255,9 +255,10 @@ def test_the_book_builds(built):
         assert "Traceback" not in page and "run-step/s" not in page  # nothing of the progress bar is left
     found = json.loads((root / "claims.json").read_text())  # the page's numbers, for machines
     jsonschema.validate(found, evidence.schema())
-    words = Counter(row["verdict"] for row in found["claims"])
+    words = Counter(row["verdict"] for row in found["claims"] if row["source"] != PREDICTED)
     # One claim can't be tested where the strongest head makes no mistakes (Table 3).
-    assert words["not tested"] <= 1 and words["holds"] + words["check"] >= 0.8 * sum(words.values()) and sum(words.values()) == len(CLAIMS)
+    assert words["not tested"] <= 1 and words["holds"] + words["check"] >= 0.8 * sum(words.values())
+    assert len(found["claims"]) == len(CLAIMS) and all(row["verdict"] != "not tested" for row in found["claims"] if row["source"] == PREDICTED)
     assert found["provenance"]["settings"]["profile"] == "quick" and found["provenance"]["run_steps"] > 50_000
     assert all(f">{row['claim']}<" in texts["claims"] for row in found["claims"] if "'" not in row["claim"])
 

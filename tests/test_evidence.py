@@ -75,7 +75,8 @@ def test_seeds_without_a_number_are_named():
 
 def test_every_claim_says_why_since_when_and_what_refutes_it():
     for claim in claims.CLAIMS.values():
-        assert claim.why and claim.source in ("printed", "read off the figure", "a sentence") and claim.refuted_by
+        assert claim.why and claim.source in ("printed", "read off the figure", "a sentence", claims.PREDICTED) and claim.refuted_by
+        assert claim.new == (claim.figure == "new") and not (claim.new and claim.published_value)
         assert (BOOK / f"{claim.chapter}.ipynb").exists() and f'\\"{claim.key}\\"' in (BOOK / f"{claim.chapter}.ipynb").read_text()
         assert claim.bounds and claim.bounds == tuple(sorted(claim.bounds, key=lambda line: line[:10]))
         assert f": {claim.holds_if}" in claim.bounds[-1]  # a bound that changes gets a dated line
@@ -155,10 +156,21 @@ def test_a_recorded_column_is_whole(path):
     jsonschema.validate(found, evidence.schema())
     assert found["name"] == path.stem and found["provenance"]["settings"]["profile"] == "paper"
     assert len(found["provenance"]["seeds"]) >= 8 and found["provenance"]["run_steps"] > 1e6
-    column = evidence.read(path)
-    for row, verdict in zip(found["claims"], column.verdicts, strict=True):
+    column, rows = evidence.read(path), {row["key"]: row for row in found["claims"]}
+    assert {verdict.key for verdict in evidence.of_paper(column).verdicts} <= rows.keys()
+    for verdict in column.verdicts:
         if verdict.known:
+            row = rows[verdict.key]
             assert row["verdict"] == verdict.word and row["median"] in (statistics.median(verdict.known), "inf")
+
+
+def test_predictions_stand_apart_from_the_papers_claims():
+    column = some_column()
+    paper, new = evidence.of_paper(column), evidence.of_predictions(column)
+    assert len(paper.verdicts) == 62 and len(paper.verdicts) + len(new.verdicts) == len(claims.CLAIMS)
+    assert set(evidence.matrix([paper])["figure"]).isdisjoint({"new"}) and set(evidence.matrix([new])["figure"]) == {"new"}
+    assert list(claims.table(new.verdicts)) == ["prediction", "verdict", "measured", "n", "what is measured: when it holds"]
+    assert "published" in claims.table(paper.verdicts) and sum(evidence.counts(new).values()) == len(new.verdicts)
 
 
 def test_bad_questions_are_refused_before_any_work(tmp_path, capsys, monkeypatch):

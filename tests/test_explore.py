@@ -322,7 +322,7 @@ CONTRAST = """() => {
     }
     return [255, 255, 255];
   };
-  return [...document.querySelectorAll(".nutshell p, .said, .discussion p")].map(element => {
+  return [...document.querySelectorAll(".nutshell p, .said, .discussion p, table.dataframe td")].map(element => {
     const [a, b] = [light(parts(getComputedStyle(element).color)), light(ground(element))];
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   });
@@ -332,11 +332,12 @@ CONTRAST = """() => {
 @pytest.mark.xdist_group("book")
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_computed_sentences_can_be_read(browser, site, mode):
-    page, _ = opened(browser, f"{site}/07_subcircuits.html")
+@pytest.mark.parametrize("name", ["07_subcircuits", "claims"])
+def test_computed_sentences_and_tables_can_be_read(browser, site, name, mode):
+    page, _ = opened(browser, f"{site}/{name}.html")
     page.evaluate("mode => document.documentElement.dataset.theme = mode", mode)
     contrasts = page.evaluate(CONTRAST)
-    assert len(contrasts) > 8 and min(contrasts) >= 4.5  # what WCAG asks of text
+    assert len(contrasts) > 100 and min(contrasts) >= 4.5  # what WCAG asks of text
     page.close()
 
 

@@ -1,5 +1,7 @@
 """The toy model: its loss, its gradient descent, and the effect of clamps."""
 
+import math
+
 import pytest
 import torch
 
@@ -49,8 +51,19 @@ def test_strengths_of_each_run():
         assert together[:, i].tolist() == pytest.approx(alone["loss"].tolist())
 
 
+def test_a_clamp_in_a_window():
+    """Until the window opens, and from its end on, the vectors are the run's own; a clamped one does not move."""
+    never, always = toy.descend([1], n_iterations=40), toy.descend([1], ["c"], n_iterations=40)
+    found = toy.descend([1, 1], ["c"], start=[0, 10], until=[math.inf, 20], n_iterations=40)
+    whole, window = (found["relative_loss"].to_numpy()[i::2] for i in (0, 1))
+    assert whole.tolist() == pytest.approx(always["relative_loss"].tolist())
+    assert window[:10].tolist() == pytest.approx(never["relative_loss"][:10].tolist()) and window[10] != pytest.approx(never["relative_loss"][10])
+    lengths = found["norm_c"].to_numpy()[1::2]
+    assert lengths[10:20].tolist() == [1.0] * 10 and lengths[20] == pytest.approx(never["norm_c"][10])
+
+
 @pytest.mark.parametrize("bad", [{"clamped": ["d"]}, {"n_dims": 0}, {"n_iterations": 0}, {"lr": -1},
-                                 {"clamped": {"a": [0.5, 0.2]}}, {"clamped": {"a": [2.0]}}])
+                                 {"clamped": {"a": [0.5, 0.2]}}, {"clamped": {"a": [2.0]}}, {"start": -1}, {"until": [5.0, 6.0]}])
 def test_bad_input_is_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         toy.descend(**bad)

@@ -112,7 +112,7 @@ class Verdict:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % bootstrap interval of the median over seeds (percentiles of 9,999 samples); None for fewer than two numbers."""
+        """The 95% bootstrap interval of the median over seeds (percentiles of 9,999 samples); None for fewer than two numbers."""
         if self.n < 2:
             return None
         if self.known[0] == self.known[-1]:
@@ -191,7 +191,7 @@ class Verdict:
 
 def measured_in_words(verdict: Verdict) -> str:
     """A verdict and its numbers in a table's cell."""
-    return f"{verdict.word} · {verdict.measured} · n {verdict.n}" if verdict.known else verdict.word
+    return f"{verdict.word} · {verdict.measured} · n\N{NO-BREAK SPACE}{verdict.n}" if verdict.known else verdict.word
 
 
 def _number(x: float) -> str:
@@ -231,9 +231,9 @@ def judge(claim: str | Claim, values: float | Sequence[float], seeds: Sequence[i
 
 def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     """Claims and verdicts as the book shows them, one row per claim. A prediction has no figure, and nothing published."""
-    rows = pd.DataFrame([(c.figure, c.sentence, c.published, v.measured, v.n, v.word, f"{c.measure}: {c.holds_if}")
+    rows = pd.DataFrame([(c.figure, c.sentence, v.word, v.measured, c.published, v.n, f"{c.measure}: {c.holds_if}")
                          for v in verdicts for c in [v.claim]],
-                        columns=["figure", "claim", "published", "measured", "n", "verdict", "what is measured: when it holds"])
+                        columns=["figure", "claim", "verdict", "measured", "published", "n", "what is measured: when it holds"])
     predictions = all(verdict.claim.new for verdict in verdicts)
     return rows.drop(columns=["figure", "published"]).rename(columns={"claim": "prediction"}) if predictions else rows
 

@@ -220,7 +220,7 @@ def single_head(run: RunConfig, head: int | Sequence[int], *more: Any) -> RunCon
 
 
 def six_ways(head: int, previous: int) -> dict[str, tuple[Any, ...]]:
-    """What is clamped while head 1.`head` learns alone, in six ways (Figure 5b); `previous` is a head of Layer 1."""
+    """What is clamped while Layer 2's head `head` learns alone, in six ways (Figure 5b); `previous` is a head of Layer 1."""
     return {"nothing": (), "previous token": (clamps.PreviousToken((0, previous)),), "layer 1": (clamps.PerfectLayer1(),),
             "match": (clamps.Induction((1, head)),), "copy": (clamps.Copy((1, head)),),
             "layer 1 and copy": (clamps.PerfectLayer1(), clamps.Copy((1, head)))}

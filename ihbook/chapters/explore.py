@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import ipywidgets
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -285,8 +286,8 @@ def toy_model(seed: int = 1, n_iterations: int = 400) -> Panel:
 
     def drawn(*states: str) -> list[str]:
         loss = losses[tuple(strengths[int(state)] for state in states)]
-        half = (loss < 0.5).argmax()
-        return [axes.path(list(enumerate(loss))[::4]), f"half at iteration {half:,}" if half else "never half"]
+        half = metrics.crossing(pd.Series(loss), 0.5)
+        return [axes.path(list(enumerate(loss))[::4]), "never half" if math.isnan(half) else f"half at iteration {half:,.0f}"]
 
     x, y = axes.at(n_iterations, 1)
     inside = (f'<path d="{{}}" fill="none" stroke="#0173b2" stroke-width="2"/><text x="{x:.0f}" y="{y + 16:.0f}" text-anchor="end" '

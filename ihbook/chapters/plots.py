@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +19,9 @@ from ihbook.chapters.pictures import INK, MUTED, PALETTE, Picture, head_colour, 
 from ihbook.metrics import threshold as threshold_of
 from ihbook.task import EVAL_SETS
 
-VERDICTS = {"differs": "font-weight: 700; color: #a44a00", "direction only": "color: #a44a00", "undecided": "color: #6b6b6b",
-            "check": "color: #6b6b6b", "not tested": "color: #6b6b6b"}  # how a verdict is set in a table; "holds" is plain
+APART, ASIDE = "color: var(--ih-differs, #a44a00)", "color: var(--pst-color-text-muted, #6b6b6b)"  # a page may be dark
+VERDICTS = {"differs": f"font-weight: 700; {APART}", "direction only": APART, "undecided": ASIDE, "check": ASIDE,
+            "not tested": ASIDE}  # how a verdict is set in a table; "holds" is plain
 
 _COLOURS = dict(zip((each.name for each in EVAL_SETS), (PALETTE[0], PALETTE[1], PALETTE[4], PALETTE[2]), strict=True))
 _WORDS = {each.name: each.words for each in EVAL_SETS}
@@ -47,11 +49,18 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], x: float, ga
 
 
 def table(rows: pd.DataFrame, digits: int = 3, *, index: bool = True) -> pd.io.formats.style.Styler:
-    """A table in the book's style: numbers on the right with `digits` decimals, words on the left, and the cells that begin with
-    a verdict other than "holds" set apart."""
-    styler = rows.style.format(precision=digits, thousands=",", na_rep="–").set_table_attributes('class="dataframe"')
-    words = [name for name in rows if not pd.api.types.is_numeric_dtype(rows[name])]
-    styler = styler.set_properties(**{"text-align": "right"}).set_properties(subset=words, **{"text-align": "left"})
+    """A table in the book's style: one row of headings, numbers on the right with `digits` decimals, words on the left, and the
+    cells that begin with a verdict other than "holds" set apart."""
+    heads = [rows.index.name] if index and rows.index.name else []
+    if heads:  # in the row of the other headings, not in one of its own
+        rows, index = rows.reset_index(), False
+    rows = rows.rename_axis(columns=None) if rows.columns.nlevels == 1 else rows
+    kind = "dataframe claims" if "verdict" in rows else "dataframe"
+    styler = rows.style.format(precision=digits, thousands=",", na_rep="–").set_table_attributes(f'class="{kind}"')
+    words = [name for name in rows if any(isinstance(cell, str) and re.search("[a-z]{2}", cell) for cell in rows[name])]
+    left = list(dict.fromkeys(words + heads))
+    styler = styler.set_properties(**{"text-align": "right"}).set_properties(subset=left, **{"text-align": "left"})
+    styler = styler.set_properties(subset=heads, **{"font-weight": "600"})
     styler = styler.map(lambda cell: VERDICTS.get(str(cell).split(" · ")[0], ""), subset=words)
     return styler if index else styler.hide()
 
@@ -188,13 +197,14 @@ def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping
 def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
                published: Mapping[str, Sequence[tuple[float, float]]] | None = None,
                threshold: bool = False, log: bool = False, dashed: Sequence[str] = (), y: str = "training loss (nats)",
-               x: str | None = None, n_ways: int = 2, guess: bool = True, top: float | None = None,
+               x: str | None = None, n_ways: int = 2, guess: bool = True, top: float | None = None, bottom: float | None = None,
                lines_at: Sequence[float] = ()) -> Picture:
     """Curves of groups of runs, from the columns group, run, sequences, value: each group's median over runs, and its range.
 
     `colour` maps groups to colours, in order. `guess` marks ln `n_ways`, the loss of guessing among the labels in context;
     `threshold` marks 0.4 times that, and where each median is first below it. `published` maps groups to points (sequences,
-    value) of the paper, which are open circles. `x` replaces "sequences seen"; `lines_at` are the x of vertical lines.
+    value) of the paper, which are open circles. `x` replaces "sequences seen"; `lines_at` are the x of vertical lines,
+    and `top` and `bottom` the ends of the y axis.
     """
     figure = Picture(figsize=(7.6, 4.1))
     axes = figure.subplots()
@@ -229,7 +239,7 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
         axes.set_yscale("log")
     else:
         high = top or min(2.0, table["value"].max() * 1.04)
-        axes.set_ylim(-0.02 * high, high)
+        axes.set_ylim(-0.02 * high if bottom is None else bottom, high)
     axes.set_ylabel(y)
     _millions(axes, last)
     if x:
@@ -252,8 +262,8 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
 @in_style
 def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
                      published: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None) -> Picture:
-    """What heads do against their induction strength, one plot per column in `panels` (column -> axis title); other columns are
-    run, head, strength. The first run's heads are coloured and numbered, other runs' grey, published values open circles."""
+    """What heads do against their induction strength, one plot per column in `panels`, which gives its axis' title. Other columns
+    are run, head, strength. The first run's heads are coloured and numbered, other runs' grey, published values open circles."""
     figure = Picture(figsize=(7.6, 3.5))
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     first = table["run"].iloc[0]

@@ -25,7 +25,7 @@ def check(starts: Sequence[float], lengths: Sequence[float]) -> None:
     """Raise ValueError unless windows can have these starts and lengths."""
     for name, values, least in (("starts", starts, "from 0 to 1"), ("lengths", lengths, "above 0")):
         if not isinstance(values, (list, tuple)) or not values or not all(
-                isinstance(x, (int, float)) and (0 <= x <= 1 if name == "starts" else 0 < x) for x in values):
+                isinstance(x, (int, float)) and (0 <= x <= 1 if name == "starts" else x > 0) for x in values):
             raise ValueError(f"{name}={values!r} must be a list of numbers {least}")
 
 

@@ -41,7 +41,8 @@ class PreviousToken(OnHeads):
             rows, pattern[0, 0] = [0, *rows], 1.0
         entries = torch.zeros(pattern.shape, dtype=torch.bool)
         entries[rows] = True
-        return on_heads(self, self.heads, shape, "pattern", entries, ((pattern.expand(shape.n_heads, -1, -1), None),))
+        every = pattern.expand(shape.n_heads, -1, -1)
+        return on_heads(self, self.heads, shape, "pattern", entries, ((every, None),))
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Worker:
 
 
 def connect(address: str, seconds: float = 5.0) -> Client:
-    """Connect to the Dask scheduler at `address`, such as "tcp://10.0.0.1:8786", and return a client.
+    """Connect to the Dask scheduler at `address`, such as `"tcp://10.0.0.1:8786"`, and return a client.
 
     Raises OSError where no scheduler answers within `seconds`, ImportError where Dask is not installed.
     """

@@ -24,7 +24,8 @@ def initial_moments(params: Params, run: RunConfig) -> Moments:
     return {kind: {name: torch.zeros_like(p) for name, p in params.items()} for kind in kinds}
 
 
-def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig, scalars: Tensor) -> Tensor:
+def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, config: ModelConfig,
+               scalars: Tensor) -> Tensor:
     """Take a step of Adam (SGD without moments) in place, each run on its own batch; return the losses before it, `[run]`, nats.
 
     `scalars` `[3]` holds the learning rate and Adam's two bias corrections, 1 − β^step; one compiled program serves all values.
@@ -32,8 +33,9 @@ def train_step(params: Params, moments: Moments, batch: Batch, plan: Plan, confi
     with torch.enable_grad():
         values = {name: p.detach().requires_grad_() for name, p in params.items()}
         losses = metrics.cross_entropy(plan(values, batch, config, query_only=True).logits, batch)
-        # Runs share no weight, so the sum's gradient is each run's own. A weight that a clamp leaves unused gets 0.
-        gradients = torch.autograd.grad(losses.sum(), list(values.values()), allow_unused=True, materialize_grads=True)
+        # Runs share no weight: the sum's gradient is each run's own. Unused weights (clamps) get 0.
+        gradients = torch.autograd.grad(losses.sum(), list(values.values()),
+                                        allow_unused=True, materialize_grads=True)
     update(params, moments, dict(zip(values, gradients, strict=True)), scalars)
     return losses.detach()
 

@@ -1,0 +1,95 @@
+"""Help for a while: where windows lie, what is measured when they end, and the toy model under the same windows."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ihbook import toy
+from ihbook.chapters import pictures, windows
+from ihbook.chapters.experiments import Settings, single_head, six_ways
+from ihbook.clamps import BlockPreviousToken, During, Induction
+from ihbook.engine.results import Result
+
+SETTINGS = Settings("quick")
+RUN = SETTINGS.run(6e5)
+
+
+def test_a_window_begins_and_ends_at_evaluations():
+    step = RUN.eval_every
+    assert windows.place(RUN, 0, 2.4 * step) == (0, 2 * step) and windows.place(RUN, 5.6 * step, 1) == (6 * step, 7 * step)
+    assert windows.need(1000, 100) == 100 and windows.need(1000, 600) == 250 and windows.need(1000, math.nan) == 250
+    assert math.isnan(windows.need(math.nan, 100))
+
+
+def test_a_grid_has_a_run_per_clamp_and_window():
+    ways = {name: clamps for name, clamps in six_ways(2, 3).items() if clamps}
+    never, always = 12_800.0, dict.fromkeys(ways, 1_280.0)
+    found = windows.grid(single_head(RUN, 2), ways, never, always, (0, 0.5), (0.2, 2))
+    assert len(found) == 5 * 4 and len({run.digest for run, _ in found.values()}) == 20
+    run, window = found["match", 0.5, 2]
+    assert window == (6_400, 6_400 + 2_560) and run.clamps[1:] == (During(Induction((1, 2)), *window),)
+    assert len(found["layer 1 and copy", 0, 0.2][0].clamps) == 3  # both end together
+    assert windows.grid(RUN, ways, math.nan, always, (0,), (1,)) == {}
+
+
+@pytest.mark.parametrize("starts, lengths, words", [((2,), (1,), "starts"), ((0,), (0,), "lengths"), ((), (1,), "starts"), (0, (1,), "starts"),
+                                                    ((0,), ("1",), "lengths")])
+def test_bad_windows_are_named(starts, lengths, words):
+    with pytest.raises(ValueError, match=words):
+        windows.check(starts, lengths)
+
+
+def a_result(losses, heads=None):
+    table = pd.DataFrame({"sequences": list(losses), "eval_set": "train", "metric": "loss", "value": list(losses.values())})
+    return Result(run=RUN, weights=None, metrics=table, heads=heads, checkpoints={})
+
+
+def test_a_low_loss_counts_only_without_help():
+    """A loss that was low under the clamp is no phase change; one that stays low when it ends is one at once."""
+    helped = a_result({0: 1.6, 640: 0.1, 1280: 0.8, 1920: 0.7, 2560: 0.1})
+    assert 1920 < windows.time_without_help(helped, 1280) < 2560
+    assert windows.time_without_help(a_result({0: 1.6, 640: 0.1, 1280: 0.2}), 1280) == 1280
+    assert math.isnan(windows.time_without_help(helped, 3200))
+
+
+def test_strengths_are_those_before_the_lesion():
+    heads = pd.DataFrame([(n, layer, h, n * (h + 1)) for n in (0, 640, 1280) for layer in (0, 1) for h in (0, 1)],
+                         columns=["sequences", "layer", "head", "strength"])
+    assert windows.strengths(a_result({0: 1.0}, heads), 1280).to_dict() == {0: 640, 1: 1280}
+    assert windows.strengths(a_result({0: 1.0}, heads), math.inf).to_dict() == {0: 1280, 1: 2560}
+
+
+def test_a_lesion_is_a_window_after_the_phase_change():
+    found, (begin, end) = windows.lesions(SETTINGS, 4, 1)
+    assert begin < end < SETTINGS.n_sequences and begin % RUN.eval_every == end % RUN.eval_every == 0
+    assert found["no previous token"].clamps == (During(BlockPreviousToken([(0, h) for h in range(8)]), begin, end),)
+    assert {run.init_seed for run in found.values()} == {SETTINGS.seed + 1}
+
+
+def test_the_toy_model_has_the_same_windows():
+    """One draw and window are followed by hand."""
+    found = windows.of_toy([1, 4], (0, 0.5), (0.2, 2), n_iterations=600)
+    assert set(found["clamp"]) == set(windows.GIVEN) and len(found) == 2 * 2 * 2 * len(windows.GIVEN)
+    losses = {name: toy.descend([1], name, n_iterations=600)["relative_loss"] for name in ((), ("a", "b"))}
+    never, always = (windows.metrics.crossing(each, windows.TOY_LEVEL) for each in losses.values())
+    until = max(1, round(2 * always))
+    by_hand = toy.descend([1], ("a", "b"), until=until, n_iterations=600)["relative_loss"]
+    time = windows.metrics.crossing(by_hand[until:], windows.TOY_LEVEL)
+    row = found[(found["clamp"] == "match") & (found["start"] == 0) & (found["length"] == 2) & (found["run"] == 1)]
+    np.testing.assert_allclose(row[["ratio", "loss_after"]].iloc[0].tolist(), [time / never, by_hand[until]], rtol=1e-9)
+
+
+def test_a_run_that_never_gets_there_is_the_slowest():
+    table = pd.DataFrame({"clamp": "match", "start": 0, "length": [1, 1, 1, 2], "ratio": [0.5, math.nan, math.nan, 0.7]})
+    found = windows.medians(table)["match"]
+    assert math.isinf(found.loc[1, 0]) and found.loc[2, 0] == 0.7
+    picture = pictures.ratio_maps({"network": {"match": found}, "toy model": {"match": found, "copy": found}}, "start", "length")
+    assert "network, match: inf at start 0 and length 1, 0.70 at start 0 and length 2" in picture.alt and "toy model, copy" in picture.alt
+
+
+def test_help_that_never_ends_is_no_window():
+    with pytest.raises(ValueError, match="no window"):
+        windows.helped(replace(RUN, clamps=()), [Induction((1, 0))], (640, 640))

@@ -145,8 +145,11 @@ def _listed(words: Sequence[str]) -> str:
 
 def discussion(verdicts: Sequence[Verdict]) -> HTML:
     """What does not hold, with the likeliest reason and how one would find out."""
+    def said(verdict: Verdict) -> str:
+        return _inline(sentence(verdict).removeprefix(f"“{verdict.claim.sentence}”: "))  # which is in bold already
+
     rows = [f"<p><strong>{_inline(verdict.claim.sentence)}</strong> ({_figure(verdict.claim)}; {verdict.word}). "
-            f"{_inline(sentence(verdict))} {_inline(WORDINGS[verdict.key].reason)}</p>"
+            f"{said(verdict)} {_inline(WORDINGS[verdict.key].reason)}</p>"
             for verdict in verdicts if verdict.word in ("undecided", "direction only", "differs")]
     untested = [verdict.claim.sentence for verdict in verdicts if verdict.word == "not tested"]
     if untested:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ihbook import toy
-from ihbook.chapters import pictures, windows
+from ihbook.chapters import experiments, pictures, windows
 from ihbook.chapters.experiments import Settings, single_head, six_ways
 from ihbook.clamps import BlockPreviousToken, During, Induction
 from ihbook.engine.results import Result
@@ -19,7 +19,7 @@ RUN = SETTINGS.run(6e5)
 
 def test_a_window_begins_and_ends_at_evaluations():
     step = RUN.eval_every
-    assert windows.place(RUN, 0, 2.4 * step) == (0, 2 * step) and windows.place(RUN, 5.6 * step, 1) == (6 * step, 7 * step)
+    assert windows.snap(RUN, 0, 2.4 * step) == (0, 2 * step) and windows.snap(RUN, 5.6 * step, 1) == (6 * step, 7 * step)
     assert windows.need(1000, 100) == 100 and windows.need(1000, 600) == 250 and windows.need(1000, math.nan) == 250
     assert math.isnan(windows.need(math.nan, 100))
 
@@ -58,8 +58,8 @@ def test_a_low_loss_counts_only_without_help():
 def test_strengths_are_those_before_the_lesion():
     heads = pd.DataFrame([(n, layer, h, n * (h + 1)) for n in (0, 640, 1280) for layer in (0, 1) for h in (0, 1)],
                          columns=["sequences", "layer", "head", "strength"])
-    assert windows.strengths(a_result({0: 1.0}, heads), 1280).to_dict() == {0: 640, 1: 1280}
-    assert windows.strengths(a_result({0: 1.0}, heads), math.inf).to_dict() == {0: 1280, 1: 2560}
+    assert experiments.strengths(a_result({0: 1.0}, heads), 1280).to_dict() == {0: 640, 1: 1280}
+    assert experiments.strengths(a_result({0: 1.0}, heads), math.inf).to_dict() == {0: 1280, 1: 2560}
 
 
 def test_a_lesion_is_a_window_after_the_phase_change():

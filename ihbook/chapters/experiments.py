@@ -180,6 +180,12 @@ def by_strength(result: Result, sequences: Batch, layer: int = 1) -> dict[int, f
     return dict(sorted(enumerate(strength), key=lambda item: -item[1]))
 
 
+def strengths(result: Result, before: float = math.inf, layer: int = 1) -> pd.Series:
+    """The induction strengths of a layer's heads, by head, at a run's last evaluation before that many sequences seen."""
+    heads = result.heads[(result.heads["layer"] == layer) & (result.heads["sequences"] < before)]
+    return heads[heads["sequences"] == heads["sequences"].max()].set_index("head")["strength"]
+
+
 def induction_layer(result: Result, sequences: Batch) -> int:
     """The layer, counted from 0, with the strongest induction head among the layers after the first; 0 if there is only one."""
     strength = metrics.measure(result.weights, sequences)["strength"][0].amax(1)

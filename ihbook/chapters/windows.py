@@ -35,7 +35,7 @@ def need(never: float, always: float) -> float:
     return math.nan if math.isnan(never) else np.fmin(always, never / 4)
 
 
-def place(run: RunConfig, start: float, length: float) -> Window:
+def snap(run: RunConfig, start: float, length: float) -> Window:
     """The window of about this start and length, in sequences, whose edges are evaluations of the run. It is never empty."""
     first = round(start / run.eval_every) * run.eval_every
     return first, first + max(1, round(length / run.eval_every)) * run.eval_every
@@ -50,7 +50,7 @@ def grid(run: RunConfig, ways: Mapping[str, Sequence[Clamp]], never: float, alwa
          lengths: Sequence[float]) -> dict[tuple[str, float, float], tuple[RunConfig, Window]]:
     """The run under each of `ways` in windows that start at a share of `never` and have a length in units of `need`, by (name,
     start, length), each with its window; nothing where `never` is NaN."""
-    windows = {(name, start, length): place(run, start * never, length * need(never, always[name]))
+    windows = {(name, start, length): snap(run, start * never, length * need(never, always[name]))
                for name in ways for start in starts for length in lengths if not math.isnan(never)}
     return {key: (helped(run, ways[key[0]], window), window) for key, window in windows.items()}
 
@@ -65,16 +65,10 @@ def lesions(settings: experiments.Settings, head: int, nth: int = 0) -> tuple[di
     """Runs of the full network in which something is taken away for a while after the phase change, and that window: Layer 2's
     head `head`, or all attention of Layer 1 to the token before."""
     run = settings.run(nth=nth, heads_every=5000)
-    window = place(run, settings.length(6e5), settings.length(1e5))
+    window = snap(run, settings.length(6e5), settings.length(1e5))
     layer1 = [(0, h) for h in range(settings.n_heads)]
     return {"strongest head off": helped(run, [Ablate((1, head))], window),
             "no previous token": helped(run, [BlockPreviousToken(layer1)], window)}, window
-
-
-def strengths(result: Result, before: int, layer: int = 1) -> pd.Series:
-    """The strengths of a layer's heads at the last evaluation before that many sequences, by head."""
-    heads = result.heads[(result.heads["layer"] == layer) & (result.heads["sequences"] < before)]
-    return heads[heads["sequences"] == heads["sequences"].max()].set_index("head")["strength"]
 
 
 def of_toy(seeds: Sequence[int], starts: Sequence[float], lengths: Sequence[float], n_iterations: int = 1500) -> pd.DataFrame:

@@ -1,0 +1,151 @@
+"""Who wins: runs with one seed's initial weights and another's order of the data, scores of heads before training, and heads that
+change networks (chapter 12)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ihbook import metrics, model
+from ihbook.chapters import experiments, windows
+from ihbook.clamps import Ablate
+from ihbook.config import RunConfig
+from ihbook.engine.results import Result
+from ihbook.model import Weights
+from ihbook.task import Batch, Splits
+
+LENGTH = 6e5  # sequences of the paper's scale: long enough for the phase change, and for a winner to stand out
+
+
+def factorial(settings: experiments.Settings) -> dict[tuple[int, int], RunConfig]:
+    """The full network with each seed's initial weights and each seed's order of the data, by (weights, order)."""
+    run = settings.run(LENGTH, heads_every=5000)
+    return {(w, d): replace(run, init_seed=w, data_seed=d) for w in settings.seeds for d in settings.seeds}
+
+
+def initial(run: RunConfig, d_exemplar: int) -> Weights:
+    """The weights that a run starts from."""
+    return run.initial or model.initial_weights(run.model, d_exemplar, run.task.n_labels, run.init_seed)
+
+
+def place(of_heads: pd.Series, head: int) -> float:
+    """A head's place by a number that is largest for the first: 0 for the first of all, 1 for the last; NaN if it is alone. Heads
+    that are equal share a place."""
+    others, mine = of_heads.drop(head), of_heads[head]
+    return float((others > mine).sum() + 0.5 * (others == mine).sum()) / len(others) if len(others) else math.nan
+
+
+def agreement(winners: Sequence[int]) -> float:
+    """The share of pairs with the same winner; NaN where there is no pair."""
+    pairs = list(itertools.combinations(winners, 2))
+    return sum(a == b for a, b in pairs) / len(pairs) if pairs else math.nan
+
+
+def with_the_others(times: pd.DataFrame) -> list[float]:
+    """For each column, the rank correlation of its times with the means of the other columns; a run that never gets there is the
+    slowest. NaN where there are fewer than three rows or two columns, or ranks that are all equal."""
+    ranks = times.fillna(math.inf).rank()
+    if times.shape[0] < 3 or times.shape[1] < 2:
+        return [math.nan] * times.shape[1]
+    return [ranks[name].corr(ranks.drop(columns=name).mean(axis=1).rank()) if ranks[name].nunique() > 1 else math.nan
+            for name in times]
+
+
+def variance_shares(table: pd.DataFrame) -> dict[str, float]:
+    """The shares of a table's variance that go with its rows (weights), its columns (order), and neither, as components of a model
+    with random effects; estimates below 0 are 0. NaN where something is missing, or there are fewer than two rows or columns."""
+    x = table.to_numpy(float)
+    n, m = x.shape
+    if min(n, m) < 2 or not np.isfinite(x).all():
+        return dict.fromkeys(("weights", "order", "neither"), math.nan)
+    rows, columns = x.mean(1, keepdims=True) - x.mean(), x.mean(0, keepdims=True) - x.mean()
+    rest = ((x - x.mean() - rows - columns) ** 2).sum() / ((n - 1) * (m - 1))
+    found = {"weights": max(0.0, ((rows**2).sum() * m / (n - 1) - rest) / m),
+             "order": max(0.0, ((columns**2).sum() * n / (m - 1) - rest) / n), "neither": rest}
+    total = sum(found.values())
+    return {name: part / total if total else math.nan for name, part in found.items()}
+
+
+def intervals(table: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95% intervals of `variance_shares`, where rows are drawn anew: whole networks, each with its times under all orders."""
+    rng = np.random.default_rng(seed)
+    drawn = pd.DataFrame([variance_shares(table.iloc[rng.integers(len(table), size=len(table))]) for _ in range(n_resamples)])
+    return {name: (drawn[name].quantile(0.025), drawn[name].quantile(0.975)) for name in drawn}
+
+
+def _heads(weights: Weights, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A layer's matrices by head: q, k, v `[head, d_head, d_model]` and o `[head, d_model, d_head]`."""
+    config = weights.config
+    qkv = weights.tensors[f"layers.{layer}.attn.qkv.weight"].unflatten(0, (3, config.n_heads, config.d_head))
+    return *qkv, weights.tensors[f"layers.{layer}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head)).transpose(0, 1)
+
+
+def _on_diagonal(table: Tensor) -> Tensor:
+    """How much the diagonal of `[..., n, n]` stands out: its mean minus that of the rest, in standard deviations."""
+    n = table.shape[-1]
+    diagonal = table.diagonal(dim1=-2, dim2=-1)
+    rest = (table.sum((-2, -1)) - diagonal.sum(-1)) / (n * n - n)
+    return (diagonal.mean(-1) - rest) / table.flatten(-2).std(-1)
+
+
+@torch.no_grad()
+def scores(weights: Weights, splits: Splits, batch: Batch) -> pd.DataFrame:
+    """What might tell before the first step how far a head of Layer 2 will come, one row per head. `strength` on `batch`;
+    `composition`, the largest key composition score with a head of Layer 1; `match`, how much its scores prefer a character to
+    others, where the best head of Layer 1 has moved it; `copy`, how much its output prefers the label that it reads; `gradient`,
+    the norm of its weights' gradient on `batch`. Positions and the other heads are left out of `match` and `copy`."""
+    characters = splits.train_bank[0]
+    embed = weights.tensors["exemplar_embed.weight"]
+    x = F.layer_norm(characters.to(embed) @ embed.T + weights.tensors["exemplar_embed.bias"], (embed.shape[0],))
+    labels = F.layer_norm(weights.tensors["label_embed.weight"].T, (embed.shape[0],))
+    (q, k, v, o), (_, _, v1, o1) = _heads(weights, 1), _heads(weights, 0)
+    moved = F.layer_norm(torch.einsum("jmd,jdn,cn->jcm", o1, v1, x), (embed.shape[0],))
+    asked, offered = torch.einsum("hdm,cm->hcd", q, x), torch.einsum("hdm,jcm->hjcd", k, moved)
+    match = _on_diagonal(torch.einsum("hcd,hjed->hjce", asked, offered)).amax(1)
+    written = torch.einsum("lm,hmd,hdn,an->hal", weights.tensors["unembed.weight"], o, v, labels)
+    strength = metrics.measure(weights, batch)["strength"][0, 1]
+    with torch.enable_grad():
+        gradient = [math.hypot(*list(experiments.gradient_norms(weights, batch, h).values())[:4]) for h in range(len(q))]
+    return pd.DataFrame({"strength": strength.tolist(), "composition": metrics.composition_scores(weights, "keys").amax(1).tolist(),
+                         "match": match.tolist(), "copy": _on_diagonal(written).tolist(), "gradient": gradient})
+
+
+def best_elsewhere(places: pd.DataFrame) -> list[tuple[str, float]]:
+    """For each network (row), the score (column) with the lowest mean place of the winner on the *other* networks, and its place
+    on this one: a selection that the network has no part in. NaN for a network without others."""
+    found = []
+    for network in places.index:
+        others = places.drop(network).mean()
+        name = "" if others.isna().all() else others.idxmin()
+        found.append((name, places.loc[network, name] if name else math.nan))
+    return found
+
+
+def with_head(weights: Weights, head: int, donor: Weights, from_head: int, layer: int = 1) -> Weights:
+    """The weights with one head's queries, keys, values and output replaced by those of a head of `donor`'s same layer."""
+    tensors = dict(weights.tensors)
+    for name, axis in ((f"layers.{layer}.attn.qkv.weight", 0), (f"layers.{layer}.attn.proj.weight", 1)):
+        parts = (3, weights.config.n_heads, weights.config.d_head) if axis == 0 else (weights.config.n_heads, weights.config.d_head)
+        mine, theirs = (w.tensors[name].clone().unflatten(axis, parts) for w in (weights, donor))
+        mine.select(1, head).copy_(theirs.select(1, from_head))
+        tensors[name] = mine.flatten(axis, axis + len(parts) - 1)
+    return replace(weights, tensors=tensors)
+
+
+def kept_away(run: RunConfig, head: int, change: float) -> RunConfig:
+    """The run with this head of Layer 2 ablated from the start for the time of the phase change, and a third longer in all."""
+    longer = replace(run, n_sequences=round(run.n_sequences * 4 / 3))
+    return windows.helped(longer, [Ablate((1, head))], windows.snap(run, 0, change))
+
+
+def winner(result: Result) -> int:
+    """The strongest head of Layer 2 at the end."""
+    return int(experiments.strengths(result).idxmax())

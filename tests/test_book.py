@@ -176,7 +176,7 @@ def test_09_of_another_seed(tmp_path, store):
 @pytest.mark.xdist_group("chapters")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["03_many_heads", "04_wiring", "07_subcircuits", "08_data_properties", "09_match_and_copy",
-                                  "10_seeds"])
+                                  "10_seeds", "11_critical_windows", "12_who_wins", "13_scale"])
 def test_a_run_too_short_for_a_phase_change_says_so(tmp_path, store, name):
     """The chapter also takes other numbers of heads and pairs."""
     parameters = {"n_sequences": 320, "n_seeds": 2, "n_heads": 4, "n_pairs": 3}
@@ -200,7 +200,9 @@ def test_a_run_too_short_for_a_phase_change_says_so(tmp_path, store, name):
     ("claims", {"bank": 3}, "bank=3"),
     ("01_task", {"n_labels": "five"}, "n_labels='five'"),
     *((name, {"n_layers": 3}, "n_layers=3: this chapter takes Layer 1 and Layer 2 apart") for name in
-      ("03_many_heads", "04_wiring", "05_clamping", "07_subcircuits", "08_data_properties", "09_match_and_copy", "10_seeds", "explore")),
+      ("03_many_heads", "04_wiring", "05_clamping", "07_subcircuits", "08_data_properties", "09_match_and_copy", "10_seeds", "11_critical_windows", "12_who_wins", "explore")),
+    ("11_critical_windows", {"starts": (2,)}, r"starts=(2,) must be a list of numbers from 0 to 1"),
+    ("11_critical_windows", {"lengths": ()}, "lengths=()"), ("13_scale", {"along": ["five layers"]}, "along='five layers'"),
     ("03_many_heads", {"n_heads": 1}, "n_heads=1: this chapter compares heads"),
     ("02_phase_change", {"n_heads": 7}, "n_heads=7 must divide"), ("02_phase_change", {"positions": "alibi"}, "positions='alibi'"),
     ("02_phase_change", {"n_pairs": 6}, "n_pairs=6"), ("04_wiring", {"mlp_ratio": -1}, "mlp_ratio=-1"),

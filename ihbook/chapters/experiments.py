@@ -22,6 +22,7 @@ from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
 from ihbook.digest import digest, encode
 from ihbook.engine.prepared import check_device
 from ihbook.engine.results import Result
+from ihbook.engine.store import fetch
 from ihbook.model import Weights
 from ihbook.task import Batch, Splits
 
@@ -166,6 +167,11 @@ def training_sequences(settings: Settings) -> Batch:
     if run.task.n_pairs == 2 and not run.task.noise and not run.task.zipf and n <= settings.scale.analysed:
         return task.every_training_sequence(splits)
     return task.sample(splits, settings.scale.analysed, task.seeded("analysis", run.eval_seed))
+
+
+def fetch_each(runs: Mapping[Any, RunConfig], device: str = "cpu") -> dict[Any, Result]:
+    """The results of runs by their keys, trained where the store lacks them; nothing where there are no runs."""
+    return dict(zip(runs, fetch(list(runs.values()), device=device), strict=True)) if runs else {}
 
 
 def phase_change(result: Result, metric: str = "loss") -> float:

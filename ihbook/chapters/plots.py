@@ -157,8 +157,8 @@ def head_strengths(heads: pd.DataFrame, final: Sequence[float], *, layer: int = 
 
 @in_style
 def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping[str, str], *, n_ways: int = 2,
-                 across: Mapping[str, str] | None = None,
-                 spans: Mapping[str, Mapping[str, tuple[float, float]]] | None = None) -> Picture:
+                 across: Mapping[str, str] | None = None, spans: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
+                 y: str = "loss (nats)") -> Picture:
     """Small multiples of loss (nats), two per row, from the columns panel, group, run, sequences, value (Figures 6, 15).
 
     `panels` maps panels to titles, `colour` groups to colours, in order. Lines are medians over runs, bands their range. `across`
@@ -176,7 +176,7 @@ def panel_curves(table: pd.DataFrame, panels: Mapping[str, str], colour: Mapping
             below = median.index[median < low]
             words.append(f"{title}, {name}: " + (f"below {low:.2f} at {below[0]:,.0f}" if len(below) else "never low"))
         axes.axhline(low, color=MUTED, ls=(0, (1, 2)), lw=1)
-        axes.set(title=title, ylim=(-0.02 * high, high), ylabel="loss (nats)" if axes in grid[::2] else "")
+        axes.set(title=title, ylim=(-0.02 * high, high), ylabel=y if axes in grid[::2] else "")
         _millions(axes, rows["sequences"].max())
         axes.set_xlabel((across or {}).get(panel, axes.get_xlabel()))
         for i, (name, window) in enumerate((spans or {}).get(panel, {}).items()):

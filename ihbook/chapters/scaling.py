@@ -1,0 +1,72 @@
+"""Longer contexts, deeper networks, MLPs and other positions: their settings, and what is measured of a run (chapter 13)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from ihbook import metrics
+from ihbook.chapters import experiments
+from ihbook.chapters.experiments import Settings
+from ihbook.engine.results import Result
+from ihbook.task import Batch
+
+N_LABELS = 10  # enough for eight pairs
+LONGER = {2: 1, 4: 3, 8: 8}  # times as many sequences as with two pairs
+ALONG = {"two pairs": {}, "four pairs": {"n_pairs": 4}, "eight pairs": {"n_pairs": 8}, "three layers": {"n_layers": 3},
+         "four layers": {"n_layers": 4}, "MLPs": {"mlp_ratio": 4.0}, "sinusoidal positions": {"positions": "sinusoidal"},
+         "learned positions": {"positions": "learned"}}  # one property at a time
+
+
+def variant(settings: Settings, changed: Mapping[str, object]) -> Settings:
+    """The settings of a network with some properties changed: ten labels, at the scale of the profile quick, and longer runs for
+    longer contexts."""
+    n_pairs = changed.get("n_pairs", settings.n_pairs)
+    quick = experiments.PROFILES["quick"].n_sequences
+    share = settings.n_sequences / settings.scale.n_sequences  # of a profile's usual length
+    length = round(quick * share * LONGER.get(n_pairs, n_pairs / 2))
+    return replace(settings, profile="quick", n_labels=N_LABELS, n_sequences=length, **changed)
+
+
+def crossed(n_pairs: Sequence[int], n_layers: Sequence[int], mlp_ratios: Sequence[float]) -> dict[str, dict[str, object]]:
+    """Every combination, by a name: what `ALONG` has along one property at a time (for the recorded grid)."""
+    return {f"{k} pairs, {d} layers" + f", MLPs × {m:g}" * bool(m): {"n_pairs": k, "n_layers": d, "mlp_ratio": float(m)}
+            for k in n_pairs for d in n_layers for m in mlp_ratios}
+
+
+def over_guess(result: Result) -> pd.DataFrame:
+    """A run's training loss over that of a guess among the labels in context, as `experiments.curve`."""
+    rows = experiments.curve(result)
+    return rows.assign(value=rows["value"] / math.log(result.run.task.n_ways))
+
+
+def form(result: Result) -> dict[str, float]:
+    """How a run learns: `time` of its phase change, the height of its `plateau` over the loss of a guess, and the share of that
+    time that its `drop` takes, from 0.8 to 0.2 times the loss of a guess. NaN where there is no phase change."""
+    losses = over_guess(result).set_index("sequences")["value"]
+    time = experiments.phase_change(result)
+    drop = metrics.crossing(losses, 0.2) - metrics.crossing(losses, 0.8)
+    return {"time": time, "plateau": metrics.plateau(losses, time)[0], "drop": drop / time}
+
+
+def exponent(times: Mapping[int, float]) -> float:
+    """The exponent of the time in the number of tokens, between the shortest and the longest of contexts (by pairs). Infinite where
+    only the longest is never learnt (NaN); NaN where the shortest is not, or there is one context."""
+    short, long = min(times), max(times)
+    if short == long or math.isnan(times[short]):
+        return math.nan
+    ratio = math.inf if math.isnan(times[long]) else times[long] / times[short]
+    return math.log(ratio) / math.log((2 * long + 1) / (2 * short + 1))
+
+
+def where(result: Result, sequences: Batch) -> dict[str, tuple[int, int]]:
+    """The strongest induction head after the first layer, and the head before the last with the most attention from labels to the
+    tokens before them, as (layer, head)."""
+    found = metrics.measure(result.weights, sequences)
+    strength, previous = found["strength"][0, 1:], found["previous_token"][0, :-1]
+    n_heads = strength.shape[1]
+    a, b = int(strength.argmax()), int(previous.argmax())
+    return {"induction": (a // n_heads + 1, a % n_heads), "previous token": (b // n_heads, b % n_heads)}

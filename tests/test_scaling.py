@@ -1,0 +1,62 @@
+"""Longer contexts and deeper networks: their settings, and what is measured of a run."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from ihbook import task
+from ihbook.banks import load_bank
+from ihbook.chapters import scaling
+from ihbook.chapters.experiments import PROFILES, Settings
+from ihbook.engine.results import Result
+from ihbook.model import initial_weights
+
+PAPER = Settings("paper")
+
+
+def test_a_variant_changes_one_property_and_the_length_that_it_needs():
+    two, four, deep = (scaling.variant(PAPER, scaling.ALONG[name]) for name in ("two pairs", "four pairs", "three layers"))
+    assert (two.n_labels, two.n_seeds, two.run().lr) == (10, 3, PROFILES["quick"].lr)
+    assert (two.n_sequences, four.n_sequences, deep.n_sequences) == (64_000, 192_000, 64_000)
+    assert (four.n_pairs, four.n_layers, deep.n_pairs, deep.n_layers) == (4, 2, 2, 3)
+    assert scaling.variant(Settings("paper", n_sequences=100_000), {}).n_sequences == 6_400
+    for changed in scaling.ALONG.values():
+        task.split(load_bank(PAPER.run().bank), scaling.variant(PAPER, changed).task)  # is possible
+    assert len(scaling.crossed([2, 4], [2, 3], [0, 4])) == 8 and "4 pairs, 3 layers, MLPs × 4" in scaling.crossed([4], [3], [4])
+
+
+def a_result(losses, n_pairs=4):
+    run = scaling.variant(PAPER, {"n_pairs": n_pairs}).run()
+    table = pd.DataFrame({"sequences": list(losses), "eval_set": "train", "metric": "loss",
+                          "value": [loss * math.log(n_pairs) for loss in losses.values()]})
+    return Result(run=run, weights=None, metrics=table, heads=None, checkpoints={})
+
+
+def test_the_form_of_a_drop():
+    found = scaling.form(a_result({0: 2.0, 10: 1.1, 20: 1.1, 30: 1.1, 40: 1.0, 50: 0.6, 60: 0.2, 70: 0.1}))
+    assert found == pytest.approx({"time": 55, "plateau": 1.1, "drop": (60 - 45) / 55})
+    stairs = scaling.form(a_result({0: 2.0, 10: 1.0, 20: 0.78, 40: 0.78, 60: 0.5, 80: 0.5, 100: 0.1}))
+    assert stairs["drop"] > 0.7
+    assert all(map(math.isnan, scaling.form(a_result({0: 2.0, 10: 1.0, 20: 1.0})).values()))
+
+
+def test_the_exponent_of_a_power_law():
+    assert scaling.exponent({k: 3 * (2 * k + 1) ** 1.7 for k in (2, 4, 8)}) == pytest.approx(1.7)
+    assert math.isinf(scaling.exponent({2: 10.0, 8: math.nan}))  # never is the slowest
+    assert math.isnan(scaling.exponent({2: 10.0})) and math.isnan(scaling.exponent({2: math.nan, 4: 10.0}))
+
+
+def test_where_heads_are_is_found_in_any_depth():
+    variant = scaling.variant(Settings("quick"), {"n_layers": 4})
+    splits = task.split(load_bank(variant.run().bank), variant.task)
+    weights = initial_weights(variant.model, splits.features.shape[1], variant.n_labels, 0)
+    tensors = {name: tensor.clone() for name, tensor in weights.tensors.items()}
+    qkv = tensors["layers.2.attn.qkv.weight"].unflatten(0, (3, 8, 8))
+    qkv[0, 5], qkv[1, 5] = 100 * qkv[0, 5], 100 * qkv[1, 5]  # a head with a sharp pattern
+    result = Result(run=variant.run(), weights=type(weights)(variant.model, tensors), metrics=None, heads=None, checkpoints={})
+    found = scaling.where(result, task.evaluation_sets(splits, 0, 100)["train"])
+    assert 1 <= found["induction"][0] <= 3 and 0 <= found["previous token"][0] <= 2
+    every = scaling.metrics.measure(result.weights, task.evaluation_sets(splits, 0, 100)["train"])
+    assert every["strength"][0, 1:].max() == every["strength"][0][found["induction"]]
+    assert every["previous_token"][0, :3].max() == every["previous_token"][0][found["previous token"]]

@@ -260,6 +260,29 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
 
 
 @in_style
+def head_dots(table: pd.DataFrame) -> Picture:
+    """Induction strengths of heads, from the columns panel, run, head, value: a panel each, with heads in the order of their means,
+    and a dot per run (chapter 12)."""
+    names = list(table["panel"].unique())
+    figure, words = Picture(figsize=(9.6, 2.7 * -(-len(names) // 4))), []
+    grid = figure.subplots(-(-len(names) // 4), min(4, len(names)), sharey=True, squeeze=False)
+    for axes, name in zip(grid.flatten(), names, strict=False):
+        wide = table[table["panel"] == name].pivot(index="run", columns="head", values="value")
+        order = list(wide.mean().sort_values(ascending=False).index)
+        for x, head in enumerate(order):
+            axes.plot([x] * len(wide), wide[head], "o", color=head_colour(head), ms=6, alpha=0.8)
+        axes.axhline(0, color=MUTED, lw=0.8)
+        axes.set(title=name, xticks=range(len(order)), xlabel="head of Layer 2",
+                 ylabel="induction strength" if axes in grid[:, 0] else "")
+        axes.set_xticklabels(order)
+        words.append(f"{name}: " + ", ".join(f"head {head} {wide[head].min():.2f} to {wide[head].max():.2f}" for head in order))
+    for axes in grid.flatten()[len(names):]:
+        axes.axis("off")
+    figure.alt = "Induction strengths at the end, lowest to highest over runs. " + "; ".join(words) + "."
+    return figure
+
+
+@in_style
 def against_strength(table: pd.DataFrame, panels: Mapping[str, str], *,
                      published: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None) -> Picture:
     """What heads do against their induction strength, one plot per column in `panels`, which gives its axis' title. Other columns

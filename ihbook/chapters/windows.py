@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -59,6 +59,52 @@ def time_without_help(result: Result, until: int) -> float:
     """Sequences seen when the training loss is first below the threshold of a phase change once the help has ended, `until`."""
     losses = experiments.curve(result).set_index("sequences")["value"]
     return metrics.crossing(losses[losses.index >= until], metrics.threshold(result.run.task.n_ways))
+
+
+@dataclass(frozen=True, eq=False)
+class Help:
+    """What windows of help did for the single heads of some networks: the `windows` and their `results`, by (network, clamp,
+    start, length), runs without an end to the help in `unended`, by (network, clamp), and a `table`, one row per window: clamp,
+    start, length, run (the seed), never, from, until, time (of the phase change once the help has ended; NaN: never), ratio (time
+    over never) and loss_after (nats, when the help ends)."""
+
+    unended: dict[tuple[int, str], Result]
+    windows: dict[tuple[int, str, float, float], Window]
+    results: dict[tuple[int, str, float, float], Result]
+    table: pd.DataFrame
+
+    @property
+    def times(self) -> pd.DataFrame:
+        """Sequences seen at the phase change with help that never ends: networks × clamps, "nothing" first."""
+        names = list(dict.fromkeys(name for _, name in self.unended))
+        seeds = {i: r.run.init_seed for (i, _), r in self.unended.items()}
+        return pd.DataFrame({name: [experiments.phase_change(self.unended[i, name]) for i in seeds] for name in names},
+                            index=pd.Index(seeds.values(), name="seed"))
+
+
+def of_networks(settings: experiments.Settings, best: Sequence[int], previous: Sequence[int], starts: Sequence[float],
+                lengths: Sequence[float], device: str = "cpu") -> Help:
+    """Train each network's head of Layer 2 in `best` alone, helped in six ways without an end and in windows; `previous` has a head
+    of Layer 1 for each. Starts are shares of the time without help, lengths are in units of `need`."""
+    networks = list(enumerate(zip(best, previous, strict=True)))
+    unended = experiments.fetch_each({(i, name): run for i, (head, pt) in networks
+                                      for name, run in experiments.six_runs(settings, head, pt, i).items()}, device)
+    asked = {}
+    for i, (head, pt) in networks:
+        ways = {name: clamps for name, clamps in experiments.six_ways(head, pt).items() if clamps}
+        never, *_ = times = [experiments.phase_change(unended[i, name]) for name in ("nothing", *ways)]
+        single = experiments.single_head(settings.run(6e5, nth=i), head)
+        found = grid(single, ways, never, dict(zip(ways, times[1:], strict=True)), starts, lengths)
+        asked |= {(i, *key): (run, window, never) for key, (run, window) in found.items()}
+    results = experiments.fetch_each({key: run for key, (run, _, _) in asked.items()}, device)
+    rows = []
+    for (i, name, start, length), (run, (first, until), never) in asked.items():
+        result = results[i, name, start, length]
+        time = time_without_help(result, until)
+        rows.append((name, start, length, run.init_seed, never, first, until, time, time / never,
+                     experiments.loss_at(result, until)))
+    columns = ["clamp", "start", "length", "run", "never", "from", "until", "time", "ratio", "loss_after"]
+    return Help(unended, {key: window for key, (_, window, _) in asked.items()}, results, pd.DataFrame(rows, columns=columns))
 
 
 def lesions(settings: experiments.Settings, head: int, nth: int = 0) -> tuple[dict[str, RunConfig], Window]:

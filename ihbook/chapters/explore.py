@@ -97,7 +97,8 @@ def _millions(last: float) -> list[tuple[float, str]]:
     return [(i * step, f"{i * step / unit:g} {letter}" if i else "0") for i in range(int(last / step) + 1)]
 
 
-def _loss_axes(last: float, top: float = 1.8) -> Axes:
+def loss_axes(last: float, top: float = 1.8) -> Axes:
+    """The axes of training losses up to `last` sequences."""
     return Axes((0, last), (0, top), "sequences seen", "training loss (nats)", _millions(last),
                 [(y, short(y)) for y in (0, 0.5, 1.0, 1.5)])
 
@@ -107,7 +108,8 @@ def _tokens(shown: Sequence[Shown]) -> list[str]:
     return ["x", "ℓ"] * (shown[0].batch.labels.shape[2] - 1) + ["?"]
 
 
-def _threshold(axes: Axes, run: RunConfig) -> str:
+def threshold_line(axes: Axes, run: RunConfig) -> str:
+    """The line below which the paper says that the phase change is over."""
     n_ways = run.task.n_ways
     y, right = axes.at(0, metrics.threshold(n_ways))[1], axes.at(axes.x[1], 0)[0]
     return (f'<line x1="{axes.LEFT}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888" stroke-dasharray="4 3"/>'
@@ -127,9 +129,9 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
                          "heads_every, such as 20,000 sequences both")
     model, n_labels = result.run.model, result.run.task.n_labels
     losses = experiments.curve(result)
-    axes = _loss_axes(seen[-1])
+    axes = loss_axes(seen[-1])
     line = axes.path(losses[["sequences", "value"]].to_numpy())
-    inside = (f'<path d="{line}" fill="none" stroke="#222" stroke-width="1.8"/>{_threshold(axes, result.run)}'
+    inside = (f'<path d="{line}" fill="none" stroke="#222" stroke-width="1.8"/>{threshold_line(axes, result.run)}'
               '<circle cx="{}" cy="{}" r="6" fill="#d55e00"/><text class="ih-value" x="{}" y="{}" fill="#a44a00">{}</text>')
     heads = [f"1.{h}" for h in range(model.n_heads)]
     labels = [f"label {i}" for i in range(n_labels)]
@@ -298,12 +300,14 @@ def toy_model(seed: int = 1, n_iterations: int = 400) -> Panel:
 
 class WhatIf(ipywidgets.VBox):
     """Choose rows of `choices` (clamps by name), train `settings.run(length)` under each, and watch the losses fall; the notebook
-    stays free meanwhile. Stop saves the state, and Continue resumes. `results` are those of `runs`, or None until they finish."""
+    stays free meanwhile. Stop saves the state, and Continue resumes. `results` are those of `runs`, or None until they finish.
+    Without a kernel, as in a built page, it shows `page` instead (see `ihbook.chapters.live`)."""
 
     EVERY = 40  # steps whose losses are averaged into one point of a curve
 
-    def __init__(self, settings: Settings, choices: Mapping[str, Sequence[Clamp]], length: float = experiments.PUBLISHED):
-        self.settings, self.choices, self.length = settings, dict(choices), length
+    def __init__(self, settings: Settings, choices: Mapping[str, Sequence[Clamp]], length: float = experiments.PUBLISHED,
+                 page: str | None = None):
+        self._page, self.settings, self.choices, self.length = page, settings, dict(choices), length
         self.runs: list[RunConfig] = []
         self.results: list[Result] | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -322,7 +326,7 @@ class WhatIf(ipywidgets.VBox):
         self._draw()
 
     def _repr_mimebundle_(self, **options: object) -> dict:
-        page = f'{STYLE}<div class="ih-live">{self.said.value}{self.view.value}</div>'
+        page = self._page or f'{STYLE}<div class="ih-live">{self.said.value}{self.view.value}</div>'
         return {**super()._repr_mimebundle_(**options), "text/html": page}
 
     def _begin(self) -> None:
@@ -392,9 +396,9 @@ class WhatIf(ipywidgets.VBox):
         self.said.value = f'<p role="status">{html.escape(words)}</p>'
 
     def _draw(self) -> None:
-        axes = _loss_axes(self.settings.length(self.length))
+        axes = loss_axes(self.settings.length(self.length))
         colours = pictures.colours(list(self.choices))
         lines = "".join(f'<path d="{axes.path(points)}" fill="none" stroke="{colours[name]}" stroke-width="1.8"/>'
                         f'<text x="{axes.LEFT + 8}" y="{axes.HEIGHT - axes.BOTTOM - 8 - 15 * i}" fill="{colours[name]}" '
                         f'class="ih-title">{html.escape(name)}</text>' for i, (name, points) in enumerate(self._curves.items()))
-        self.view.value = STYLE + chart(axes, "Training losses", _threshold(axes, self.settings.run()) + lines)
+        self.view.value = STYLE + chart(axes, "Training losses", threshold_line(axes, self.settings.run()) + lines)

@@ -172,12 +172,15 @@ function embedBack({ grads, dim, nLabels }, { bank, ids, labels, n }, from, { d_
 function adam(net, lr) {
   const { params, grads, exp_avg, exp_avg_sq } = net.flat;
   net.steps++;
-  const correction = 1 - BETAS[0] ** net.steps, correction_sq = 1 - BETAS[1] ** net.steps;
+  const rate = lr / (1 - BETAS[0] ** net.steps), scale = (1 - BETAS[1] ** net.steps) ** -0.5;
   for (let i = 0; i < params.length; i++) {
     const g = grads[i];
-    const m = exp_avg[i] = BETAS[0] * exp_avg[i] + (1 - BETAS[0]) * g;
-    const v = exp_avg_sq[i] = BETAS[1] * exp_avg_sq[i] + (1 - BETAS[1]) * g * g;
-    params[i] -= lr * (m / correction) / (Math.sqrt(v / correction_sq) + ADAM_EPSILON);
+    let m = BETAS[0] * exp_avg[i] + (1 - BETAS[0]) * g;
+    if (m > -1e-30 && m < 1e-30) m = 0; // where a clamp cuts a gradient off, its mean would decay to numbers that are slow to read
+    const v = BETAS[1] * exp_avg_sq[i] + (1 - BETAS[1]) * g * g;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    params[i] -= rate * m / (Math.sqrt(v) * scale + ADAM_EPSILON);
   }
 }
 

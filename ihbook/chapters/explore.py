@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import itertools
-import math
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -29,11 +28,13 @@ from ihbook.chapters.panels import (
     bar_values,
     bars,
     chart,
+    loss_axes,
     page,
     pattern_values,
     patterns,
     picture,
     short,
+    threshold_line,
 )
 from ihbook.clamps import Ablate, Clamp, Copy, Induction, PerfectLayer1, Preserve, PreviousToken, run_with_clamps
 from ihbook.config import RunConfig
@@ -89,31 +90,9 @@ def _header(shown: Sequence[Shown]) -> Part:
     return Part("{}", ("sequence",), lambda i: [shown[int(i)].drawing()])
 
 
-def _millions(last: float) -> list[tuple[float, str]]:
-    """Marks along an axis of sequences seen."""
-    step = 10 ** math.floor(math.log10(last))
-    step = step / 5 if last / step < 2 else step / 2 if last / step < 5 else step
-    unit, letter = (1e6, "M") if last >= 5e5 else (1e3, "k")
-    return [(i * step, f"{i * step / unit:g} {letter}" if i else "0") for i in range(int(last / step) + 1)]
-
-
-def loss_axes(last: float, top: float = 1.8) -> Axes:
-    """The axes of training losses up to `last` sequences."""
-    return Axes((0, last), (0, top), "sequences seen", "training loss (nats)", _millions(last),
-                [(y, short(y)) for y in (0, 0.5, 1.0, 1.5)])
-
-
 def _tokens(shown: Sequence[Shown]) -> list[str]:
     """A one-letter name for each position: an attention pattern has room for no more."""
     return ["x", "ℓ"] * (shown[0].batch.labels.shape[2] - 1) + ["?"]
-
-
-def threshold_line(axes: Axes, run: RunConfig) -> str:
-    """The line below which the paper says that the phase change is over."""
-    n_ways = run.task.n_ways
-    y, right = axes.at(0, metrics.threshold(n_ways))[1], axes.at(axes.x[1], 0)[0]
-    return (f'<line x1="{axes.LEFT}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888" stroke-dasharray="4 3"/>'
-            f'<text x="{right:.1f}" y="{y - 4:.1f}" text-anchor="end">0.4 ln {n_ways}: phase change</text>')
 
 
 def _colours(n_heads: int) -> list[str]:
@@ -179,6 +158,14 @@ def _ablated(layer: int, bits: str) -> list[Clamp]:
     return [Ablate(off)] if off else []
 
 
+def clamps_to_add(result: Result, sample: Batch) -> dict[str, Clamp]:
+    """Clamps on the finished network, by name: of its strongest previous-token head, and of its strongest induction head."""
+    best, pt = next(iter(experiments.by_strength(result, sample))), experiments.previous_token_heads(result)[-1]
+    second = tuple((1, h) for h in range(result.run.model.n_heads))
+    return {f"previous token (0.{pt})": PreviousToken((0, pt)), "match (all of Layer 2)": Induction(second),
+            f"copy (1.{best})": Copy((1, best)), "layer 1": PerfectLayer1()}
+
+
 def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
     """Switch heads off and clamp the rest, on the finished network: accuracy, loss over `sample`, attention (chapter 3). Live,
     every head has a switch. The page without a kernel has switches for Layer 2, some of the clamps, and the first 500 sequences.
@@ -186,12 +173,8 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
     weights, model = result.weights, result.run.model
     if model.n_heads > MOST_HEADS:
         raise ValueError(f"n_heads={model.n_heads}: the page holds every set of heads; choose at most {MOST_HEADS}")
-    best = next(iter(experiments.by_strength(result, sample)))
-    found = experiments.previous_token_heads(result)
-    previous, pt = tuple((0, h) for h in found), (0, found[-1])
-    second = tuple((1, h) for h in range(model.n_heads))
-    kinds = {f"previous token ({pt[0]}.{pt[1]})": PreviousToken(pt), "match (all of Layer 2)": Induction(second),
-             f"copy (1.{best})": Copy((1, best)), "layer 1": PerfectLayer1()}
+    found, kinds = experiments.previous_token_heads(result), clamps_to_add(result, sample)
+    previous = tuple((0, h) for h in found)
     names = ["accuracy", "loss (nats)"]
     limits = (0, 1.7)
     few = sample.split(500)[0]  # since the page holds thousands of states

@@ -16,10 +16,9 @@ import torch
 from ihbook import task
 from ihbook.banks import load_bank
 from ihbook.chapters import pictures
+from ihbook.chapters.explore import Shown
 from ihbook.chapters.panels import STYLE, bars, patterns
-from ihbook.clamps import Clamp
 from ihbook.config import ModelConfig, RunConfig, TaskConfig
-from ihbook.digest import encode
 from ihbook.model import Weights, shapes
 from ihbook.task import Batch
 
@@ -27,6 +26,7 @@ FOLDER = files(__package__)
 N_HEADS = ModelConfig().n_heads
 N_LABELS = (5, 10, 15)  # the paper's (Figure 6)
 FEW, SHOWN = 68, 18  # exemplars in the page's bank at most (`network.js`), and of these in sequences to look at
+WORKER = ("unpack", "random", "products", "network", "step", "encoder", "worker")
 TOKENS = ["x", "ℓ", "x", "ℓ", "?"]
 
 
@@ -37,8 +37,8 @@ def offered(run: RunConfig) -> bool:
 
 
 def packed(array: np.ndarray) -> str:
-    """The bytes of an array, deflated, as text for a page."""
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode()
+    """The bytes of an array, deflated, as text for a page (`unpack.js`)."""
+    return base64.b85encode(zlib.compress(np.ascontiguousarray(array).tobytes(), 9)).decode().replace("<", ",")
 
 
 def halves(weights: Weights) -> str:
@@ -63,20 +63,25 @@ def gathered(batches: Sequence[Batch], bank: torch.Tensor) -> tuple[np.ndarray, 
     return torch.stack(rows).numpy(), {"ids": ids, "labels": labels}
 
 
-def trainer_data(run: RunConfig, ways: Mapping[str, Mapping[str, Sequence[Clamp]]], batches: Sequence[Batch],
-                 checkpoints: Mapping[str, Weights]) -> dict:
-    """What `worker.js` needs to train: for each number of labels the weights' shapes and the label pairs that train; the bank; the
-    sequences to look at; clamps by heads and name; checkpoints by name."""
+def label_counts(run: RunConfig) -> list[int]:
+    """The numbers of labels that a reader can choose."""
+    return sorted({*N_LABELS, run.task.n_labels})
+
+
+def shared(run: RunConfig, shown: Sequence[Shown], networks: Mapping[str, Weights]) -> str:
+    """What the live panels of a page share, as HTML that stands before the first of them: by number of labels, the weights' shapes,
+    the label pairs that train and a template; the bank, the sequences `shown` and the `networks` by name; the worker's script."""
     bank = load_bank(run.bank)
-    features, shown = gathered(batches, task.split(bank, run.task).train_bank[0])
-    kinds = sorted({*N_LABELS, run.task.n_labels})
-    return {
+    features, sequences = gathered([each.batch for each in shown], task.split(bank, run.task).train_bank[0])
+    kinds = label_counts(run)
+    found = {
         "shapes": {n: shapes(run.model, bank.dim, n) for n in kinds},
         "sets": {n: task.label_sets(replace(run.task, n_labels=n))[0].tolist() for n in kinds},
-        "bank": packed(features), "n": len(features), "nClasses": run.task.n_classes, "nLabels": run.task.n_labels, "shown": shown,
-        "ways": {heads: {name: encode(list(clamps), defaults=True) for name, clamps in each.items()}
-                 for heads, each in ways.items()},
-        "checkpoints": {name: halves(weights) for name, weights in checkpoints.items()}}
+        "answers": {n: answers(n) for n in kinds}, "patterns": [patterns(layer, N_HEADS, TOKENS) for layer in range(2)],
+        "bank": packed(features), "nClasses": run.task.n_classes, "nLabels": run.task.n_labels, "shown": sequences,
+        "networks": {name: halves(weights) for name, weights in networks.items()}}
+    style = FOLDER.joinpath("live.css").read_text(encoding="utf-8")
+    return f'{STYLE}<style>{style}</style>{script(found, "ih-shared")}{script(source(*WORKER), "ih-worker")}'
 
 
 # The drawings' templates, and the HTML around them.
@@ -95,10 +100,6 @@ def answers(n_labels: int) -> dict:
     return bars_of("answer: probability of", [f"label {i}" for i in range(n_labels)], ["#555"] * n_labels, (0, 1))
 
 
-def pattern_templates() -> list[str]:
-    return [patterns(layer, N_HEADS, TOKENS) for layer in range(2)]
-
-
 def source(*names: str) -> str:
     return "\n".join(FOLDER.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in names)
 
@@ -114,14 +115,13 @@ def script(data: object, kind: str) -> str:
     return f'<script type="application/json" class="{kind}">{text}</script>'
 
 
-def style() -> str:
-    return STYLE + f"<style>{FOLDER.joinpath('live.css').read_text(encoding='utf-8')}</style>"
-
-
-def select(name: str, words: str, options: Sequence[str], values: Sequence[str] | None = None, chosen: str | None = None) -> str:
+def select(name: str, words: str, options: Sequence[str], values: Sequence[str] | None = None, chosen: str | None = None,
+           said: str = "") -> str:
+    """A choice with a label in front of it, or a name that is only `said`."""
     listed = "".join(f'<option value="{html.escape(value)}"{" selected" * (value == chosen)}>{html.escape(option)}</option>'
                      for option, value in zip(options, values or options, strict=True))
-    return f'<label>{words} <select name="{name}" autocomplete="off">{listed}</select></label>'
+    said = said and f' aria-label="{said}"'
+    return f'<label>{words} <select name="{name}"{said} autocomplete="off">{listed}</select></label>'
 
 
 def button(do: str, words: str, more: str = "") -> str:

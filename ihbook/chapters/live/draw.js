@@ -51,3 +51,7 @@ function worker(script) {
   addEventListener("pagehide", () => made.terminate());
   return made;
 }
+
+/** What the live panels of a page share: networks, sequences, templates. */
+const sharedData = () => JSON.parse(document.querySelector(".ih-shared").textContent);
+const workerScript = () => JSON.parse(document.querySelector(".ih-worker").textContent);

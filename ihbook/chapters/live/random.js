@@ -96,19 +96,17 @@ function drawWeights(params, shapes, seed) {
   }
 }
 
-const CHUNK = 8192; // sequences drawn at once: `CHUNK_STEPS` of 32
-
-/** `ihbook.task.training_batch` for two pairs: chunk number `chunk` as ids [sequence, 3] and labels [sequence, 3]. */
-function drawSequences(seed, chunk, nClasses, labelSets) {
-  const bits = seeded(`('train', ${seed}, ${chunk})`);
-  const below = (n, size) => Uint8Array.from({ length: size }, () => bits() % n);
-  const classes = below(nClasses, 2 * CHUNK);
-  below(nClasses - 1, CHUNK).forEach((x, i) => { classes[2 * i + 1] = x + (x >= classes[2 * i]); });
-  const sets = below(labelSets.length, CHUNK);
-  const swapped = Array.from({ length: CHUNK }, () => uniform(bits) > uniform(bits));
-  const query = below(2, CHUNK);
-  const ids = new Uint8Array(3 * CHUNK), labels = new Uint8Array(3 * CHUNK);
-  for (let i = 0; i < CHUNK; i++) {
+/** `ihbook.task.sample` for two pairs, with the generator of `key`: ids [sequence, 3] and labels [sequence, 3]. */
+function drawSequences(key, n, nClasses, labelSets) {
+  const bits = seeded(key);
+  const below = (end, size) => Uint8Array.from({ length: size }, () => bits() % end);
+  const classes = below(nClasses, 2 * n);
+  below(nClasses - 1, n).forEach((x, i) => { classes[2 * i + 1] = x + (x >= classes[2 * i]); });
+  const sets = below(labelSets.length, n);
+  const swapped = Array.from({ length: n }, () => uniform(bits) > uniform(bits));
+  const query = below(2, n);
+  const ids = new Uint8Array(3 * n), labels = new Uint8Array(3 * n);
+  for (let i = 0; i < n; i++) {
     const set = labelSets[sets[i]], pair = swapped[i] ? [set[1], set[0]] : set;
     for (const [slot, which] of [0, 1, query[i]].entries()) {
       ids[3 * i + slot] = classes[2 * i + which];

@@ -9,7 +9,7 @@
   }
   one(".ih-instead").hidden = true;
   one(".ih-works").hidden = false;
-  const data = read("ih-data"), script = read("ih-worker");
+  const data = read("ih-data"), shared = sharedData(), script = workerScript();
   const field = (name) => one(`[name="${name}"]`), doing = (name) => one(`[data-do="${name}"]`);
   let networks = [], pace = data.paces[0], began = 0, waiting = false;
 
@@ -20,7 +20,7 @@
   function begin() {
     reset();
     const names = [...panel.querySelectorAll('[name="clamp"]:checked')].map((box) => box.value);
-    const seed = Number(field("seed").value), start = field("start").value, nLabels = start ? data.nLabels : Number(field("labels").value);
+    const seed = Number(field("seed").value), start = field("start").value, nLabels = start ? shared.nLabels : Number(field("labels").value);
     if (!names.length) return say("Choose one or more clamps first.");
     if (!field("seed").checkValidity() || field("seed").value === "") return say("A seed is a whole number from 0 to 9,999.");
     pace = data.paces[field("pace").value];
@@ -29,9 +29,9 @@
       const network = { name, worker: worker(script), points: [], windows: [], seen: 0, running: true, fell: null, perSecond: 0 };
       network.worker.onmessage = ({ data: report }) => told(network, report);
       network.worker.onerror = (event) => say(`Training failed: ${event.message}`);
-      network.worker.postMessage({ do: "begin", clamps: ways()[name === data.held ? "nothing" : name], shapes: data.shapes[nLabels],
-        bank: data.bank, shown: data.shown, weights: start ? data.checkpoints[start] : null, seed,
-        task: { n: data.n, nClasses: data.nClasses, sets: data.sets[nLabels], lr: pace.lr, seed } });
+      network.worker.postMessage({ do: "begin", clamps: ways()[name === data.held ? "nothing" : name], shapes: shared.shapes[nLabels],
+        bank: shared.bank, shown: shared.shown, weights: shared.networks[start],
+        task: { nClasses: shared.nClasses, sets: shared.sets[nLabels], lr: pace.lr, seed } });
       send(network, { do: "train", steps: pace.last / 32 });
       return network;
     });
@@ -46,8 +46,8 @@
 
   function told(network, report) {
     network.points.push(...report.points);
-    Object.assign(network, { seen: report.seen, running: report.running });
-    if (report.patterns) Object.assign(network, { patterns: report.patterns, logits: report.logits, perSecond: report.perSecond });
+    const { seen, running, perSecond, patterns = network.patterns, logits = network.logits } = report;
+    Object.assign(network, { seen, running, perSecond, patterns, logits });
     if (report.held === true) network.windows.push([report.seen, null]);
     if (report.held === false && network.windows.length) network.windows.at(-1)[1] = report.seen;
     const fell = network.points.find(({ loss }) => loss < data.threshold);
@@ -99,8 +99,8 @@
     if (!network?.patterns) return;
     const heads = network.points.at(-1)?.heads ?? Array(16).fill(0);
     one(".ih-bars").innerHTML = [...data.bars.map((each, i) => [each, heads.slice(8 * i, 8 * i + 8)]),
-      [data.answers[network.logits.length], softmax(network.logits)]].map(([each, values]) => filled(each.template, barValues(values, each))).join("");
-    data.patterns.forEach((template, i) => drawPatterns(panel.querySelectorAll(".ih-patterns")[i], template, network.patterns[i]));
+      [shared.answers[network.logits.length], softmax(network.logits)]].map(([each, values]) => filled(each.template, barValues(values, each))).join("");
+    shared.patterns.forEach((template, i) => drawPatterns(panel.querySelectorAll(".ih-patterns")[i], template, network.patterns[i]));
   }
 
   /** Ask the network that the reader looks into for what is inside, and no other. */

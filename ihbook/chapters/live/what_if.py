@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 
 from ihbook import metrics
 from ihbook.chapters import experiments, pictures
-from ihbook.chapters.explore import Shown, loss_axes, threshold_line
+from ihbook.chapters.explore import Shown
 from ihbook.chapters.live import data
 from ihbook.chapters.live.data import N_HEADS, button, select
-from ihbook.chapters.panels import chart
+from ihbook.chapters.panels import chart, loss_axes, threshold_line
 from ihbook.clamps import Clamp, Induction
 from ihbook.config import RunConfig
+from ihbook.digest import encode
 from ihbook.engine.results import Result
 from ihbook.model import Weights
 
-TRAINER = ("random", "products", "network", "step", "worker")
 HELD = "hold to clamp"  # the network whose clamp a reader holds and lets go
 Ways = dict[str, dict[str, list[Clamp]]]  # clamps by heads of Layer 2, then by name
 
@@ -29,8 +29,8 @@ def ways(head: int, previous: int) -> Ways:
             "all eight": {name: list(clamps) for name, clamps in six.items()} | {"match": [Induction(every)]}}
 
 
-def checkpoints(result: Result) -> dict[str, Weights]:
-    """Networks of a run to start from: half-way to its phase change, at it, and finished."""
+def networks(result: Result) -> dict[str, Weights]:
+    """Networks of a run to start from or operate on: half-way to its phase change, at it, and finished."""
     seen, change = sorted(result.checkpoints), experiments.phase_change(result)
     found = {}
     for words, share in (("the plateau", 0.5), ("the phase change", 1.0)) if change == change else ():
@@ -39,19 +39,19 @@ def checkpoints(result: Result) -> dict[str, Weights]:
     return found | {f"the end ({result.run.n_sequences:,} sequences)": result.weights}
 
 
-def what_if(runs: Mapping[str, RunConfig], ways: Ways, shown: Sequence[Shown], checkpoints: Mapping[str, Weights],
+def what_if(runs: Mapping[str, RunConfig], ways: Ways, shown: Sequence[Shown], networks: Mapping[str, Weights],
             instead: str) -> str:
-    """The panel as HTML. `runs` hold one run per learning rate, by words; `shown` are the sequences to look at; training may start
-    from one of `checkpoints`; `instead` is shown where the browser can't train."""
+    """The panel as HTML, which reads what `data.shared` has for the page. `runs` hold one run per learning rate, by words; `shown`
+    are the sequences to look at; training may start from one of `networks`; `instead` is shown where the browser can't train."""
     run = next(iter(runs.values()))
     names = [*next(iter(ways.values())), HELD]
     colours = pictures.colours(names)
-    found = data.trainer_data(run, ways, [each.batch for each in shown], checkpoints)
-    found |= {"held": HELD, "colours": colours, "threshold": metrics.threshold(run.task.n_ways),
-              "paces": [_pace(each) for each in runs.values()], "drawings": [each.drawing() for each in shown],
-              "patterns": data.pattern_templates(), "answers": {n: data.answers(n) for n in found["shapes"]},
-              "bars": [data.head_bars("attention to the token before", 0, (0, 1)),
-                       data.head_bars("induction strength", 1, (-1, 1))]}
+    found = {"held": HELD, "colours": colours, "threshold": metrics.threshold(run.task.n_ways),
+             "ways": {heads: {name: encode(clamps, defaults=True) for name, clamps in each.items()}
+                      for heads, each in ways.items()},
+             "paces": [_pace(each) for each in runs.values()], "drawings": [each.drawing() for each in shown],
+             "bars": [data.head_bars("attention to the token before", 0, (0, 1)),
+                      data.head_bars("induction strength", 1, (-1, 1))]}
     boxes = "".join(
         f'<label style="--own: {colours[name]}"><input type="checkbox" name="clamp" value="{html.escape(name)}" autocomplete="off"'
         f'{" checked" * (name != HELD)}><span>{html.escape(name)}</span></label>' for name in names)
@@ -60,22 +60,21 @@ def what_if(runs: Mapping[str, RunConfig], ways: Ways, shown: Sequence[Shown], c
         f'<fieldset class="ih-clamps"><legend>clamped</legend>{boxes}</fieldset>'
         + select("heads", "heads of Layer 2", list(ways))
         + f'<label>seed <input type="number" name="seed" min="0" max="9999" value="{run.init_seed}" autocomplete="off"></label>'
-        + select("labels", "labels", list(map(str, found["shapes"])), chosen=str(run.task.n_labels))
-        + select("start", "start from", ["initial weights", *checkpoints], ["", *checkpoints])
+        + select("labels", "labels", list(map(str, data.label_counts(run))), chosen=str(run.task.n_labels))
+        + select("start", "start from", ["initial weights", *networks], ["", *networks])
         + select("pace", "learning rate", list(runs), numbers[:len(runs)]))
     buttons = button("train", "Train") + "".join(button(word.lower(), word, " disabled") for word in
                                                  ("Pause", "Step", "Continue", "Reset"))
     hold = button("hold", "Hold to clamp", ' aria-pressed="false"') + select("window", "what", names[1:-1])
     inside = select("inside", "look inside", names) + select("sequence", "on", [each.name for each in shown], numbers[:len(shown)])
     return (
-        f'{data.style()}<section class="ih-panel ih-what-if" aria-label="What if?"><div class="ih-instead">{instead}</div>'
+        f'<section class="ih-panel ih-what-if" aria-label="What if?"><div class="ih-instead">{instead}</div>'
         f'<div class="ih-works" hidden><form class="ih-controls">{controls}</form><div class="ih-buttons">{buttons}</div>'
         f'<div class="ih-buttons ih-hold" hidden>{hold}</div><p class="ih-said" role="status"></p>'
         '<div class="ih-row"><div class="ih-chart-view"></div><div class="ih-curves"></div></div>'
         f'<form class="ih-controls ih-inside">{inside}</form><div class="ih-view ih-sequence"></div>'
         '<div class="ih-row ih-view ih-bars"></div>' + 2 * '<div class="ih-view ih-patterns"></div>' + '</div>'
-        f'{data.script(found, "ih-data")}{data.script(data.source(*TRAINER), "ih-worker")}'
-        f'{data.block("draw", "what_if")}</section>')
+        f'{data.script(found, "ih-data")}{data.block("unpack", "draw", "what_if")}</section>')
 
 
 def _pace(run: RunConfig) -> dict:

@@ -1,14 +1,9 @@
-// A Web Worker that trains one network, and looks into it, while the page stays free. It answers every message with a report.
+// A Web Worker that trains one network, or operates on it, while the page stays free.
 
+const CHUNK = 8192; // training sequences drawn at once: `CHUNK_STEPS` of 32
 const EVERY = 20; // steps whose losses are averaged into one point of a curve
 const SLICE = 30; // milliseconds of training between two looks at the messages
 const PAUSE = 120; // milliseconds between two reports
-
-/** Bytes that ihbook.chapters.live packed: deflated, in base 64. */
-async function unpacked(text) {
-  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
-}
 
 /** Numbers of half precision as numbers. */
 function fromHalf(bits) {
@@ -16,12 +11,9 @@ function fromHalf(bits) {
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction);
 }
 
-/** A network, in initial weights drawn with a seed or in a checkpoint's; `shapes` says for how many labels. */
-async function loaded({ shapes, weights, seed }) {
-  const net = network(shapes);
-  if (weights === null) drawWeights(net.params, shapes, seed);
-  else net.flat.params.set(Float32Array.from(new Uint16Array(await unpacked(weights)), fromHalf));
-  return net;
+/** Fill a network with a checkpoint's weights. */
+async function adopt(net, weights) {
+  net.flat.params.set(Float32Array.from(new Uint16Array(await unpacked(weights)), fromHalf));
 }
 
 let net, acts, one, batch, task, clamps, shown, looking = null, until = 0, points = [], sums = null, drawn = -1;
@@ -41,7 +33,7 @@ turn.port1.onmessage = train;
 function step() {
   done++;
   const chunk = Math.floor(32 * net.steps / CHUNK), from = 32 * net.steps % CHUNK;
-  if (chunk !== drawn) Object.assign(batch, drawSequences(task.seed, (drawn = chunk), task.nClasses, task.sets));
+  if (chunk !== drawn) Object.assign(batch, drawSequences(`('train', ${task.seed}, ${drawn = chunk})`, CHUNK, task.nClasses, task.sets));
   const loss = trainStep(net, batch, from, clamps, acts, task.lr);
   const { previous, induction } = strengths(acts, batch.labels, from), found = [loss, ...previous, ...induction];
   sums = sums ? sums.map((sum, i) => sum + found[i]) : found;
@@ -54,7 +46,7 @@ function step() {
 /** What the page draws: the new points and, if it looks inside, the attention patterns and the answer on one sequence. */
 function report(more = {}) {
   if (looking !== null) {
-    forward(net, { ...batch, ...shown, n: task.n }, looking, clamps, one);
+    forward(net, { ...batch, ...shown, n: FEW }, looking, clamps, one);
     more = { ...more, patterns: one.layers.map(({ pattern }) => [...pattern]), logits: [...one.logits] };
   }
   postMessage({ ...more, seen: 32 * net.steps, points, running: net.steps < until, perSecond: busy && 1000 * done / busy });
@@ -62,16 +54,39 @@ function report(more = {}) {
   reported = performance.now();
 }
 
+/** Accuracy and mean loss of the network under clamps, over a sample of training sequences. */
+function measured(sample, clamps) {
+  let right = 0, loss = 0;
+  for (let from = 0; from < sample.size; from += acts.size) {
+    forward(net, sample, from, clamps, acts, clamps.kept.length ? forward(net, sample, from, NOTHING, plain) : null);
+    loss += crossEntropy(acts, sample.labels, from, net.nLabels) * acts.size;
+    for (let i = 0; i < acts.size; i++) {
+      const own = acts.logits.subarray(i * net.nLabels, (i + 1) * net.nLabels);
+      right += own.indexOf(Math.max(...own)) === sample.labels[3 * (from + i) + 2];
+    }
+  }
+  return { accuracy: right / sample.size, loss: loss / sample.size };
+}
+
+/** A batch of one sequence: three characters as images, and the labels of both exemplars and the right one. */
+function sequenceOf({ images, labels }) {
+  images.forEach((image, i) => {
+    const key = image.join();
+    if (!known.has(key)) known.set(key, encode(encoder, image, scale));
+    batch.bank.set(known.get(key), (task.nClasses + i) * net.dim);
+  });
+  return { bank: batch.bank, n: task.nClasses + 3, ids: [0, 1, 2].map((i) => task.nClasses + i), labels };
+}
+
+let encoder, scale, sample, plain, onePlain;
+const known = new Map(), NOTHING = held([]);
+
 const DO = {
+  /** Get ready to train a network. */
   async begin(message) {
-    ({ task, shown } = message);
+    await prepare(message, 32);
     clamps = held(message.clamps);
-    net = await loaded(message);
-    const bank = floats(FEW * net.dim);
-    bank.set(new Float32Array(await unpacked(message.bank)));
-    batch = { bank, n: task.nClasses };
-    acts = activations(32, net.nLabels, true);
-    one = activations(1, net.nLabels, false);
+    shown = message.shown;
   },
   /** A window of training opens or closes: it holds from the next step on. */
   clamp(message) {
@@ -85,6 +100,35 @@ const DO = {
   },
   pause() { until = net.steps; report(); },
   look({ sequence }) { looking = sequence; report(); },
+
+  /** Get ready to operate on a network. */
+  async operateOn(message) {
+    await prepare(message, 40);
+    plain = activations(acts.size, net.nLabels, true);
+    onePlain = activations(1, net.nLabels, false);
+    encoder = encoderOf(await unpacked(message.encoder));
+    scale = message.scale;
+    sample = { ...batch, size: 2000, ...drawSequences("('explore', 0)", 2000, task.nClasses, task.sets) };
+  },
+  async weights({ weights }) { await adopt(net, weights); },
+  /** The network's answer on one sequence, with its attention, and what the operation costs over the sample. */
+  operate(message) {
+    const clamps = held(message.clamps), own = sequenceOf(message);
+    forward(net, own, 0, clamps, one, clamps.kept.length ? forward(net, own, 0, NOTHING, onePlain) : null);
+    postMessage({ patterns: one.layers.map(({ pattern }) => [...pattern]), logits: [...one.logits], ...measured(sample, clamps) });
+  },
 };
+
+async function prepare(message, size) {
+  ({ task } = message);
+  net = network(message.shapes);
+  if (message.weights) await adopt(net, message.weights);
+  else drawWeights(net.params, net.shapes, task.seed);
+  batch = { bank: floats(FEW * net.dim), n: task.nClasses };
+  batch.bank.set(new Float32Array(await unpacked(message.bank)));
+  acts = activations(size, net.nLabels, true);
+  one = activations(1, net.nLabels, false);
+}
+
 let queue = Promise.resolve(); // messages are answered in order, also while the first unpacks
 onmessage = ({ data }) => { queue = queue.then(() => DO[data.do](data)); };

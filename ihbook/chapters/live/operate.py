@@ -1,0 +1,67 @@
+"""The panel that operates on a network in a built page: any head, any clamp, any characters, also those that the reader draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ihbook.banks import encoder, load_bank
+from ihbook.chapters.explore import FELT
+from ihbook.chapters.live import data
+from ihbook.chapters.live.data import N_HEADS, button, select
+from ihbook.clamps import Clamp
+from ihbook.config import RunConfig
+from ihbook.digest import encode
+from ihbook.model import Weights
+
+HANDS = 2  # exemplars of each class in the page
+
+
+def drawable(run: RunConfig) -> bool:
+    """Whether a page can embed characters as the run's bank does: if that is by a learnt encoder."""
+    return data.offered(run) and run.bank.name in encoder.KINDS and run.bank.embedding == "auto"
+
+
+def operate(run: RunConfig, networks: Mapping[str, Weights], kinds: Mapping[str, Clamp], instead: str) -> str:
+    """The panel as HTML. `networks` are those that can be operated on, the last of them first shown; `kinds` are clamps by name;
+    `instead` is shown where the browser can't compute."""
+    bank = load_bank(run.bank)
+    n_test = run.task.n_test_classes
+    images = torch.cat([bank.images[:run.task.n_classes, :HANDS], bank.images[-n_test:, :HANDS]])
+    numbers, record = encoder.load(run.bank.name)
+    parts = [numbers[f"{i}.{name}"].numpy().view(np.uint8).ravel() for i in range(len(encoder.WIDTHS))
+             for name in ("weight", "exponent", "bias")]
+    felt = [encode(list(clamps), defaults=True) for clamps in FELT.values()]
+    found = {"images": data.packed(images.numpy()), "encoder": data.packed(np.concatenate(parts)), "scale": float(record["scale"]),
+             "felt": felt, "kinds": [encode(clamp, defaults=True) for clamp in kinds.values()],
+             "bars": data.bars_of("over 2,000 training sequences", ["accuracy", "loss (nats)"], ["#0173b2", "#a44a00"], (0, 1.7))}
+    names = [f"{kind} {i + 1}" for kind, n in (("trained", run.task.n_classes), ("held out", n_test)) for i in range(n)]
+    labels = [str(i) for i in range(run.task.n_labels)]
+    indices = [str(i) for i in range(len(names))]
+
+    def switches(name: str, options: Sequence[str], on: bool) -> str:
+        boxes = "".join(f'<label><input type="checkbox" name="{name}" autocomplete="off"{" checked" * on}>{option}</label>'
+                        for option in options)
+        return f"<fieldset><legend>{name}</legend>{boxes}</fieldset>"
+
+    def slot(i: int, what: str, chosen: str) -> str:
+        return (f'<figure><canvas width="28" height="28" data-slot="{i}" role="img" aria-label="{what}"></canvas>'
+                f'<figcaption>{what}</figcaption>{chosen}{button("clear", "Draw", f" data-slot={i}")}</figure>')
+
+    query = ("exemplar 1, another hand", "exemplar 2, another hand", "exemplar 1 itself", "exemplar 2 itself")
+    slots = "".join(slot(i, f"exemplar {i + 1}", select(f"class{i}", "", names, indices, indices[i], f"class of exemplar {i + 1}")
+                         + select(f"label{i}", "label", labels, chosen=labels[i + 1])) for i in range(2))
+    slots += slot(2, "query", select("query", "", query, indices[:4], said="what the query shows"))
+    controls = (select("network", "network", list(networks), chosen=list(networks)[-1])
+                + switches("Layer 1", [f"0.{h}" for h in range(N_HEADS)], True)
+                + switches("Layer 2", [f"1.{h}" for h in range(N_HEADS)], True)
+                + select("felt", "what is switched off in Layer 1 is felt by", list(FELT), indices[:len(FELT)])
+                + switches("clamped", list(kinds), False))
+    return (
+        '<section class="ih-panel ih-operate" aria-label="Operate on the network, with characters of your own">'
+        f'<div class="ih-instead">{instead}</div><form class="ih-works" hidden><div class="ih-controls">{controls}</div>'
+        f'<div class="ih-slots ih-buttons">{slots}</div><p class="ih-big ih-said" role="status"></p></form>'
+        '<div class="ih-row ih-view ih-bars"></div>' + 2 * '<div class="ih-view ih-patterns"></div>'
+        + f'{data.script(found, "ih-data")}{data.block("unpack", "draw", "operate")}</section>')

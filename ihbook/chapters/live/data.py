@@ -116,12 +116,11 @@ def script(data: object, kind: str) -> str:
 
 
 def select(name: str, words: str, options: Sequence[str], values: Sequence[str] | None = None, chosen: str | None = None,
-           said: str = "") -> str:
-    """A choice with a label in front of it, or a name that is only `said`."""
+           more: str = "") -> str:
+    """A choice, with `words` in front of it."""
     listed = "".join(f'<option value="{html.escape(value)}"{" selected" * (value == chosen)}>{html.escape(option)}</option>'
                      for option, value in zip(options, values or options, strict=True))
-    said = said and f' aria-label="{said}"'
-    return f'<label>{words} <select name="{name}"{said} autocomplete="off">{listed}</select></label>'
+    return f'<label>{words} <select name="{name}"{more} autocomplete="off">{listed}</select></label>'
 
 
 def button(do: str, words: str, more: str = "") -> str:

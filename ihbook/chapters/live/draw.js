@@ -35,12 +35,21 @@ function drawPatterns(view, template, pattern, on = null) {
   });
 }
 
-/** Whether this browser has what the scripts need; if not, in words. */
-function missing(probe) {
+/** What the scripts need and this browser lacks, in words; null if it has all. */
+function missing() {
   if (typeof Worker === "undefined") return "Web Workers";
-  if (typeof WebAssembly === "undefined" || !WebAssembly.validate(Uint8Array.from(probe))) return "WebAssembly with vectors";
+  if (typeof WebAssembly === "undefined" || !WebAssembly.validate(Uint8Array.from(VECTORS))) return "WebAssembly with vectors";
   return typeof DecompressionStream === "undefined" ? "DecompressionStream" : null;
 }
+function sayInstead(panel, lacks) {
+  const words = `<p role="status">This browser can't compute here: it lacks ${lacks}. What follows was computed in advance.</p>`;
+  panel.querySelector(".ih-instead").insertAdjacentHTML("afterbegin", words);
+}
+function showWorking(panel) {
+  panel.querySelector(".ih-instead").hidden = true;
+  panel.querySelector(".ih-works").hidden = false;
+}
+// A module with one instruction on vectors, which validates where there are some.
 const VECTORS = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
 
 /** A worker that runs a script, and stops when the page is left. */

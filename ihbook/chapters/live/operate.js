@@ -2,20 +2,20 @@
 (async () => {
   const panel = document.currentScript.parentElement;
   const one = (selector) => panel.querySelector(selector), field = (name) => one(`[name="${name}"]`);
-  const lacks = missing(VECTORS);
-  if (lacks) return;
-  one(".ih-instead").hidden = true;
-  one(".ih-works").hidden = false;
+  const lacks = missing();
+  if (lacks) return sayInstead(panel, lacks);
+  showWorking(panel);
   const data = JSON.parse(one(".ih-data").textContent), canvases = [...panel.querySelectorAll("canvas")];
+  const SHOWN = { "hand 0": { of: 0 }, "hand 1": { of: 1 }, "same 0": { of: 0, itself: true }, "same 1": { of: 1, itself: true },
+    "yours 0": { of: 0 }, "yours 1": { of: 1 } }; // what a choice of query shows: of which exemplar, and whether that very image
   const drawn = [null, null, null]; // what the reader drew, by slot
   let images, shared, operator, busy = false, wanted = false;
 
-  const image = (index) => images.subarray(784 * index, 784 * (index + 1));
-  /** The three characters: an exemplar of a class is its first hand, and the query may show the second. */
+  const image = (index) => images.subarray(784 * index, 784 * (index + 1)), choice = (slot) => one(`select[data-slot="${slot}"]`);
+  /** The three characters: an exemplar is a class's first hand, and the query may show the second. */
   function characters() {
-    const classes = [0, 1].map((i) => Number(field(`class${i}`).value)), query = Number(field("query").value);
-    const itself = query > 1 ? drawn[query - 2] ?? image(2 * classes[query - 2]) : image(2 * classes[query] + 1);
-    return [drawn[0] ?? image(2 * classes[0]), drawn[1] ?? image(2 * classes[1]), drawn[2] ?? itself];
+    const exemplars = [0, 1].map((slot) => drawn[slot] ?? image(2 * choice(slot).value)), shown = SHOWN[choice(2).value];
+    return [...exemplars, drawn[2] ?? (shown.itself ? exemplars[shown.of] : image(2 * choice(shown.of).value + 1))];
   }
 
   function paint() {
@@ -23,7 +23,7 @@
       const context = canvases[i].getContext("2d"), pixels = context.createImageData(28, 28);
       ink.forEach((dark, j) => pixels.data.set([255 - dark, 255 - dark, 255 - dark, 255], 4 * j));
       context.putImageData(pixels, 0, 0);
-      one(`button[data-slot="${i}"]`).textContent = drawn[i] ? "Undo drawing" : "Draw";
+      one(`button[data-slot="${i}"]`).disabled = !drawn[i];
     });
   }
 
@@ -35,22 +35,25 @@
     return [...(off.length ? [{ type: "Ablate", heads: off }] : []), ...data.felt[field("felt").value], ...more];
   }
 
+  const say = (words) => { one(".ih-said").textContent = words; }, fail = (words) => say(`This went wrong: ${words}`);
+
   /** Ask the worker; while it computes, only the last wish is kept. */
   function ask() {
     if (!operator) return;
     wanted = busy;
     if (busy) return;
+    const labels = [0, 1].map((i) => Number(field(`label${i}`).value)), right = labels[SHOWN[choice(2).value].of];
+    if (labels[0] === labels[1]) return say("Choose two different labels.");
     busy = true;
-    const labels = [0, 1].map((i) => Number(field(`label${i}`).value)), right = labels[Number(field("query").value) % 2];
-    if (labels[0] === labels[1]) { busy = false; one(".ih-said").textContent = "Choose two different labels."; return; }
     operator.postMessage({ do: "operate", clamps: clamps(), images: characters(), labels: [...labels, right] });
   }
 
-  function told({ patterns, logits, accuracy, loss }) {
+  function told({ error, patterns, logits, accuracy, loss }) {
+    if (error) return fail(error);
     const answer = softmax(logits), best = answer.indexOf(Math.max(...answer));
     const owner = [0, 1].find((i) => Number(field(`label${i}`).value) === best);
-    one(".ih-said").textContent = `The network answers ${best}, with ${Math.round(100 * answer[best])}%: `
-      + `${owner === undefined ? "a label that is not in context" : `the label of exemplar ${owner + 1}`}.`;
+    say(`The network answers ${best}, with ${Math.round(100 * answer[best])}%: `
+      + `${owner === undefined ? "a label that is not in context" : `the label of exemplar ${owner + 1}`}.`);
     one(".ih-bars").innerHTML = filled(data.bars.template, barValues([accuracy, loss], data.bars, 4))
       + filled(shared.answers[logits.length].template, barValues(answer, shared.answers[logits.length]));
     const on = (name) => [...panel.querySelectorAll(`[name="${name}"]`)].map((box) => box.checked);
@@ -86,23 +89,28 @@
     };
     canvas.addEventListener("pointerdown", (event) => {
       canvas.setPointerCapture(event.pointerId);
-      drawn[slot] ??= new Uint8Array(784); // the first stroke wipes the slot
+      if (!drawn[slot]) wipe(slot);
       stroke(event);
     });
     canvas.addEventListener("pointermove", (event) => { if (last) event.getCoalescedEvents().forEach(stroke); });
     for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => { last = null; });
   });
 
+  /** Begin a drawing in a slot; of the query, the choice still says which exemplar it shows. */
+  function wipe(slot) {
+    drawn[slot] = new Uint8Array(784);
+    choice(slot).value = slot === 2 ? `yours ${SHOWN[choice(2).value].of}` : "yours";
+  }
   panel.addEventListener("click", ({ target }) => {
     if (target.dataset?.do !== "clear") return;
-    drawn[target.dataset.slot] = drawn[target.dataset.slot] ? null : new Uint8Array(784);
+    wipe(Number(target.dataset.slot));
     paint();
     ask();
   });
   panel.addEventListener("input", ({ target }) => {
+    const { slot } = target.dataset;
     if (target.name === "network") operator?.postMessage({ do: "weights", weights: shared.networks[target.value] });
-    if (/^class/.test(target.name)) drawn[target.name.at(-1)] = null;
-    if (target.name === "query") drawn[2] = null;
+    if (slot) drawn[slot] = target.value.startsWith("yours") ? drawn[slot] ?? new Uint8Array(784) : null;
     paint();
     ask();
   });
@@ -116,7 +124,7 @@
     shared = sharedData();
     operator = worker(workerScript());
     operator.onmessage = ({ data: answer }) => told(answer);
-    operator.onerror = (event) => { one(".ih-said").textContent = `This went wrong: ${event.message}`; };
+    operator.onerror = (event) => fail(event.message);
     operator.postMessage({ do: "operateOn", shapes: shared.shapes[shared.nLabels], bank: shared.bank, encoder: data.encoder, scale: data.scale,
       weights: shared.networks[field("network").value], task: { nClasses: shared.nClasses, sets: shared.sets[shared.nLabels] } });
     ask();

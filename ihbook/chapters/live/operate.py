@@ -46,14 +46,17 @@ def operate(run: RunConfig, networks: Mapping[str, Weights], kinds: Mapping[str,
                         for option in options)
         return f"<fieldset><legend>{name}</legend>{boxes}</fieldset>"
 
-    def slot(i: int, what: str, chosen: str) -> str:
-        return (f'<figure><canvas width="28" height="28" data-slot="{i}" role="img" aria-label="{what}"></canvas>'
-                f'<figcaption>{what}</figcaption>{chosen}{button("clear", "Draw", f" data-slot={i}")}</figure>')
+    def slot(i: int, what: str, options: Sequence[str], values: Sequence[str], more: str = "") -> str:
+        chosen = select(f"shown{i}", "", options, values, values[i % 2], f' aria-label="what {what} shows" data-slot="{i}"')
+        clear = button("clear", "Clear", f' data-slot="{i}" disabled')
+        return (f'<figure><figcaption>{what}</figcaption><canvas width="28" height="28" data-slot="{i}" role="img" '
+                f'aria-label="{what}: draw here"></canvas>{chosen}{more}{clear}</figure>')
 
-    query = ("exemplar 1, another hand", "exemplar 2, another hand", "exemplar 1 itself", "exemplar 2 itself")
-    slots = "".join(slot(i, f"exemplar {i + 1}", select(f"class{i}", "", names, indices, indices[i], f"class of exemplar {i + 1}")
-                         + select(f"label{i}", "label", labels, chosen=labels[i + 1])) for i in range(2))
-    slots += slot(2, "query", select("query", "", query, indices[:4], said="what the query shows"))
+    query = {"hand 0": "exemplar 1, another hand", "hand 1": "exemplar 2, another hand", "same 0": "exemplar 1 itself",
+             "same 1": "exemplar 2 itself", "yours 0": "exemplar 1, drawn by you", "yours 1": "exemplar 2, drawn by you"}
+    slots = "".join(slot(i, f"exemplar {i + 1}", [*names, "drawn by you"], [*indices, "yours"],
+                         select(f"label{i}", "label", labels, chosen=labels[i + 1])) for i in range(2))
+    slots += slot(2, "query", [*query.values()], [*query])
     controls = (select("network", "network", list(networks), chosen=list(networks)[-1])
                 + switches("Layer 1", [f"0.{h}" for h in range(N_HEADS)], True)
                 + switches("Layer 2", [f"1.{h}" for h in range(N_HEADS)], True)

@@ -1,17 +1,13 @@
 // The panel `What if?`: one worker per network; what they report is drawn some ten times per second.
 (() => {
   const panel = document.currentScript.parentElement;
-  const one = (selector) => panel.querySelector(selector), read = (kind) => JSON.parse(one(`.${kind}`).textContent);
-  const lacks = missing(VECTORS);
-  if (lacks) {
-    one(".ih-instead").insertAdjacentHTML("afterbegin", `<p role="status">This browser can't train here: it lacks ${lacks}.</p>`);
-    return;
-  }
-  one(".ih-instead").hidden = true;
-  one(".ih-works").hidden = false;
-  const data = read("ih-data"), shared = sharedData(), script = workerScript();
+  const one = (selector) => panel.querySelector(selector);
+  const lacks = missing();
+  if (lacks) return sayInstead(panel, lacks);
+  showWorking(panel);
+  const data = JSON.parse(one(".ih-data").textContent), shared = sharedData(), script = workerScript();
   const field = (name) => one(`[name="${name}"]`), doing = (name) => one(`[data-do="${name}"]`);
-  let networks = [], pace = data.paces[0], began = 0, waiting = false;
+  let networks = [], pace = data.paces[0], waiting = false;
 
   const ways = () => data.ways[field("heads").value];
   const say = (words) => { one(".ih-said").textContent = words; };
@@ -24,17 +20,16 @@
     if (!names.length) return say("Choose one or more clamps first.");
     if (!field("seed").checkValidity() || field("seed").value === "") return say("A seed is a whole number from 0 to 9,999.");
     pace = data.paces[field("pace").value];
-    began = performance.now();
     networks = names.map((name) => {
-      const network = { name, worker: worker(script), points: [], windows: [], seen: 0, running: true, fell: null, perSecond: 0 };
+      const network = { name, worker: worker(script), points: [], windows: [], seen: 0, running: true, fell: null };
       network.worker.onmessage = ({ data: report }) => told(network, report);
       network.worker.onerror = (event) => say(`Training failed: ${event.message}`);
       network.worker.postMessage({ do: "begin", clamps: ways()[name === data.held ? "nothing" : name], shapes: shared.shapes[nLabels],
         bank: shared.bank, shown: shared.shown, weights: shared.networks[start],
         task: { nClasses: shared.nClasses, sets: shared.sets[nLabels], lr: pace.lr, seed } });
-      send(network, { do: "train", steps: pace.last / 32 });
       return network;
     });
+    all({ do: "train", steps: pace.last / 32 });
     field("inside").innerHTML = names.map((name) => `<option>${name}</option>`).join("");
     one(".ih-hold").hidden = !names.includes(data.held);
     say("Training …");
@@ -46,21 +41,27 @@
 
   function told(network, report) {
     network.points.push(...report.points);
-    const { seen, running, perSecond, patterns = network.patterns, logits = network.logits } = report;
-    Object.assign(network, { seen, running, perSecond, patterns, logits });
-    if (report.held === true) network.windows.push([report.seen, null]);
-    if (report.held === false && network.windows.length) network.windows.at(-1)[1] = report.seen;
+    if (report.error) return say(`Training failed: ${report.error}`);
+    const { seen, running, patterns = network.patterns, logits = network.logits } = report;
+    Object.assign(network, { seen, running, patterns, logits });
+    if (report.held) network.windows.push({ what: report.held, start: seen, end: null });
+    if (report.held === "") network.windows.at(-1).end = seen;
     const fell = network.points.find(({ loss }) => loss < data.threshold);
     if (fell && network.fell === null) network.fell = fell.seen;
-    if (networks.every(({ running }) => !running)) say(`${summary()} ${Math.round((performance.now() - began) / 1000)} s so far.`);
+    if (networks.every((each) => !each.running)) say(summary());
+    else if (report.held === "") say(`${windows(network)} …`);
     later();
   }
+
+  const windows = (network) => network.windows.map(({ what, start, end }) =>
+    `${what} was clamped from ${number(start)} to ${number(end ?? network.seen)} sequences`).join("; ");
 
   /** What is known so far, in a sentence. */
   function summary() {
     const fallen = networks.filter(({ fell }) => fell !== null).sort((a, b) => a.fell - b.fell);
     const words = fallen.map(({ name, fell }) => `${name} at ${number(fell)}`).join(", ");
-    return fallen.length ? `The loss fell below the threshold, in sequences seen: ${words}.` : "No loss has fallen below the threshold.";
+    const held = networks.map(windows).filter(Boolean).map((each) => `${each[0].toUpperCase()}${each.slice(1)}.`).join(" ");
+    return `${fallen.length ? `The loss fell, in sequences seen: ${words}.` : "No loss has fallen yet."} ${held}`;
   }
 
   function later() {
@@ -78,16 +79,16 @@
     const x = (seen) => left + (right - left) * seen / last, y = (loss) => bottom - (bottom - top) * clip(loss / pace.top, 0, 1);
     const lines = networks.map(({ name, points, windows, seen }) => {
       const colour = data.colours[name];
-      const held = windows.map(([start, end]) => `<rect x="${x(start)}" y="${top}" width="${x(end ?? seen) - x(start)}" `
+      const held = windows.map(({ start, end }) => `<rect x="${x(start)}" y="${top}" width="${x(end ?? seen) - x(start)}" `
         + `height="${bottom - top}" fill="${colour}" opacity=".15"/>`).join("");
       const every = Math.ceil(points.length / 400), path = points.filter((_, i) => i % every === 0).map((point) => `${x(point.seen).toFixed(1)} ${y(point.loss).toFixed(1)}`).join("L");
       return held + (path && `<path d="M${path}" fill="none" stroke="${colour}" stroke-width="1.8"/>`);
     });
     one(".ih-chart-view").innerHTML = filled(pace.chart, [lines.join("")]);
-    one(".ih-curves").innerHTML = networks.length ? `<table><thead><tr><th scope="col">clamped<th scope="col">loss<th scope="col">fell at`
-      + `<th scope="col">steps per second</thead><tbody>${networks.map((network) => `<tr><th scope="row" style="--own: `
-      + `${data.colours[network.name]}">${network.name}<td>${network.points.at(-1)?.loss.toFixed(3) ?? "–"}<td>`
-      + `${network.fell === null ? "–" : number(network.fell)}<td>${Math.round(network.perSecond) || "–"}`).join("")}</tbody></table>` : "";
+    one(".ih-curves").innerHTML = networks.length ? `<table><thead><tr><th scope="col">clamped<th scope="col">sequences seen<th scope="col">loss`
+      + `<th scope="col">fell at</thead><tbody>${networks.map((network) => `<tr><th scope="row" style="--own: `
+      + `${data.colours[network.name]}">${network.name}<td>${number(network.seen)}<td>`
+      + `${network.points.at(-1)?.loss.toFixed(3) ?? "–"}<td>${network.fell === null ? "–" : number(network.fell)}`).join("")}</tbody></table>` : "";
     inside();
   }
 
@@ -125,7 +126,7 @@
     const button = doing("hold"), network = networks.find(({ name }) => name === data.held);
     if (!network || (button.getAttribute("aria-pressed") === "true") === on) return;
     button.setAttribute("aria-pressed", on);
-    send(network, { do: "clamp", held: on, clamps: ways()[on ? field("window").value : "nothing"] });
+    send(network, { do: "clamp", held: on ? field("window").value : "", clamps: ways()[on ? field("window").value : "nothing"] });
   }
 
   const click = { train: begin, reset, pause: () => all({ do: "pause" }), step: () => all({ do: "train", steps: 1 }),
@@ -140,6 +141,7 @@
   });
   doing("hold").addEventListener("keyup", () => hold(false));
   doing("hold").addEventListener("contextmenu", (event) => event.preventDefault()); // a long press on a phone
+  field("start").addEventListener("input", ({ target }) => { field("labels").disabled = target.value !== ""; });
   for (const name of ["inside", "sequence"]) field(name).addEventListener("input", look);
   panel.querySelectorAll("form").forEach((form) => form.addEventListener("submit", (event) => event.preventDefault()));
   addEventListener("pagehide", reset);

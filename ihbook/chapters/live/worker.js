@@ -16,22 +16,19 @@ async function adopt(net, weights) {
   net.flat.params.set(Float32Array.from(new Uint16Array(await unpacked(weights)), fromHalf));
 }
 
-let net, acts, one, batch, task, clamps, shown, looking = null, until = 0, points = [], sums = null, drawn = -1;
-let busy = 0, done = 0, reported = 0; // milliseconds, steps
+let net, acts, one, batch, task, clamps, shown, looking = null, until = 0, points = [], sums = null, drawn = -1, reported = 0;
 const turn = new MessageChannel(); // a timer would wait four milliseconds
 
 /** Train for a while; report, and go on unless that was the end. */
 function train() {
   const start = performance.now();
   while (net.steps < until && performance.now() - start < SLICE) step();
-  busy += performance.now() - start;
   if (net.steps >= until || performance.now() - reported > PAUSE) report();
   if (net.steps < until) turn.port2.postMessage(0);
 }
 turn.port1.onmessage = train;
 
 function step() {
-  done++;
   const chunk = Math.floor(32 * net.steps / CHUNK), from = 32 * net.steps % CHUNK;
   if (chunk !== drawn) Object.assign(batch, drawSequences(`('train', ${task.seed}, ${drawn = chunk})`, CHUNK, task.nClasses, task.sets));
   const loss = trainStep(net, batch, from, clamps, acts, task.lr);
@@ -49,7 +46,7 @@ function report(more = {}) {
     forward(net, { ...batch, ...shown, n: FEW }, looking, clamps, one);
     more = { ...more, patterns: one.layers.map(({ pattern }) => [...pattern]), logits: [...one.logits] };
   }
-  postMessage({ ...more, seen: 32 * net.steps, points, running: net.steps < until, perSecond: busy && 1000 * done / busy });
+  postMessage({ ...more, seen: 32 * net.steps, points, running: net.steps < until });
   points = [];
   reported = performance.now();
 }
@@ -131,4 +128,6 @@ async function prepare(message, size) {
 }
 
 let queue = Promise.resolve(); // messages are answered in order, also while the first unpacks
-onmessage = ({ data }) => { queue = queue.then(() => DO[data.do](data)); };
+onmessage = ({ data }) => {
+  queue = queue.then(() => DO[data.do](data)).catch((error) => postMessage({ error: error.message }));
+};

@@ -13,7 +13,7 @@ import time
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, TOOLS
+from conftest import ROOT, TOOLS, opened
 from nbclient import NotebookClient
 
 from ihbook import metrics, task, toy, train
@@ -250,20 +250,6 @@ def test_the_notebooks_widgets(executed):
     assert all("text/html" in o["data"] for o in shown if "application/vnd.jupyter.widget-view+json" in o["data"])
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, with no network but loopback."""
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no browser: install Chromium")
-    with sync.sync_playwright() as playwright:
-        rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-        chromium = playwright.chromium.launch(executable_path=path, args=[rules, "--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
@@ -276,26 +262,6 @@ def site(built):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-THEIRS = ("Identifier 'THEBE_JS_URL' has already been declared", "Got invalid theme mode",  # the theme's own, on every page
-          "Failed to load resource")  # repeats what is recorded as a response or a failed request
-
-
-def opened(browser, address, width=1366):
-    """A page, and the errors on it that are not the theme's."""
-    page, wrong = browser.new_page(viewport={"width": width, "height": 900}), []
-
-    def said(words):
-        if not words.startswith(THEIRS):
-            wrong.append(words)
-
-    page.on("console", lambda message: said(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: said(str(error)))
-    page.on("response", lambda r: wrong.append(f"{r.status}: {r.url}") if r.status >= 400 and "favicon.ico" not in r.url else None)
-    page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
-    page.goto(address, wait_until="networkidle")
-    return page, wrong
 
 
 @pytest.mark.xdist_group("book")
@@ -377,8 +343,8 @@ def test_the_static_scrubber_moves(browser, site, width):
 @pytest.mark.xdist_group("book")
 @pytest.mark.slow
 def test_the_static_operating_table(browser, site):
-    page, _ = opened(browser, f"{site}/explore.html")
-    panel = page.locator("section.ih-panel").nth(1)
+    page, _ = opened(browser, f"{site}/explore.html", first="delete window.Worker")  # with workers, the page computes: see test_live
+    panel = page.locator(".ih-operate .ih-instead section.ih-panel")
     numbers = panel.locator(".ih-view").first
     whole = texts(numbers.inner_html())
     for box in panel.locator("input[type=checkbox]").all():

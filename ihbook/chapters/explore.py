@@ -7,7 +7,6 @@ import itertools
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -19,12 +18,15 @@ from ihbook import metrics, task, toy
 from ihbook.banks import load_bank
 from ihbook.chapters import experiments, pictures
 from ihbook.chapters.experiments import Settings
+from ihbook.chapters.live import Page
 from ihbook.chapters.panels import (
+    FELT,
     STYLE,
     Axes,
     Control,
     Panel,
     Part,
+    Shown,
     bar_values,
     bars,
     chart,
@@ -32,7 +34,6 @@ from ihbook.chapters.panels import (
     page,
     pattern_values,
     patterns,
-    picture,
     short,
     threshold_line,
 )
@@ -44,30 +45,6 @@ from ihbook.engine.results import Result
 from ihbook.task import Batch
 
 MOST_HEADS = 8  # the page without a kernel holds every set of heads
-
-
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """One sequence to show: its evaluation set in words, a batch that holds it alone, and its characters if there are any."""
-
-    name: str
-    batch: Batch
-    images: tuple[Tensor, ...] | None
-
-    def drawing(self) -> str:
-        """Its tokens and its right answer, as HTML."""
-        labels = self.batch.labels[0, 0].tolist()
-        ids = self.batch.ids[0, 0].tolist()
-        cells = []
-        for i, label in enumerate(labels):
-            last = i == len(labels) - 1
-            what = "query" if last else f"exemplar {i + 1}"
-            drawn = (f'<img alt="{what}" src="{picture(self.images[i])}">' if self.images
-                     else f'<div class="ih-label">x{ids[i]}</div>')
-            cells.append(f"<figure>{drawn}<figcaption>{what}</figcaption></figure>")
-            role = "right answer" if last else "label"
-            cells.append(f'<figure><div class="ih-label">{label}</div><figcaption>{role}</figcaption></figure>')
-        return f'<div class="ih-tokens">{"".join(cells)}</div>'
 
 
 def sequences(settings: Settings, n_training: int = 3) -> list[Shown]:
@@ -149,9 +126,6 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
         label="Scrub through training")
 
 
-FELT = {"everything": (), "the patterns alone": (Preserve("values"),), "the values alone": (Preserve("patterns"),)}
-
-
 def _ablated(layer: int, bits: str) -> list[Clamp]:
     """The clamp that ablates the heads of a layer whose bit is 0, or no clamp."""
     off = tuple((layer, h) for h, bit in enumerate(bits) if bit == "0")
@@ -166,10 +140,10 @@ def clamps_to_add(result: Result, sample: Batch) -> dict[str, Clamp]:
             f"copy (1.{best})": Copy((1, best)), "layer 1": PerfectLayer1()}
 
 
-def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
+def operate(result: Result, shown: Sequence[Shown], sample: Batch, live: Page | None = None) -> Panel:
     """Switch heads off and clamp the rest, on the finished network: accuracy, loss over `sample`, attention (chapter 3). Live,
-    every head has a switch. The page without a kernel has switches for Layer 2, some of the clamps, and the first 500 sequences.
-    It holds every set of heads, so a network with more than `MOST_HEADS` heads per layer raises ValueError."""
+    every head has a switch. The page without a kernel holds every set of heads of Layer 2 with some of the clamps, over the first
+    500 sequences; a network with more than `MOST_HEADS` heads per layer raises ValueError. If the page is `live`, it computes."""
     weights, model = result.weights, result.run.model
     if model.n_heads > MOST_HEADS:
         raise ValueError(f"n_heads={model.n_heads}: the page holds every set of heads; choose at most {MOST_HEADS}")
@@ -228,7 +202,7 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
         [Part(result_bars, follows, lambda *states: numbers([chosen(*states)])[0]), _header(shown),
          Part(grids, (*follows, "sequence"),
               lambda first, last, felt, clamped, i: attention(i, chosen(first, last, felt, clamped), first, last))],
-        label="Operate on the finished network", page=without_kernel)
+        label="Operate on the finished network", page=live.operate(kinds, without_kernel) if live else without_kernel)
 
 
 def wiring(result: Result, sample: Batch) -> Panel:

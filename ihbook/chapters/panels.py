@@ -24,7 +24,9 @@ from torch import Tensor
 
 from ihbook import metrics
 from ihbook.chapters import pictures
+from ihbook.clamps import Preserve
 from ihbook.config import RunConfig
+from ihbook.task import Batch
 
 Values = list[str]
 
@@ -158,6 +160,33 @@ def _field(control: Control) -> str:
                     f'{html.escape(option)}</label>'
                     for i, option in enumerate(control.options))
     return f'<fieldset><legend>{name}</legend>{boxes}</fieldset>'
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One sequence to show: its evaluation set in words, a batch that holds it alone, and its characters if there are any."""
+
+    name: str
+    batch: Batch
+    images: tuple[Tensor, ...] | None
+
+    def drawing(self) -> str:
+        """Its tokens and its right answer, as HTML."""
+        labels = self.batch.labels[0, 0].tolist()
+        ids = self.batch.ids[0, 0].tolist()
+        cells = []
+        for i, label in enumerate(labels):
+            last = i == len(labels) - 1
+            what = "query" if last else f"exemplar {i + 1}"
+            drawn = (f'<img alt="{what}" src="{picture(self.images[i])}">' if self.images
+                     else f'<div class="ih-label">x{ids[i]}</div>')
+            cells.append(f"<figure>{drawn}<figcaption>{what}</figcaption></figure>")
+            role = "right answer" if last else "label"
+            cells.append(f'<figure><div class="ih-label">{label}</div><figcaption>{role}</figcaption></figure>')
+        return f'<div class="ih-tokens">{"".join(cells)}</div>'
+
+
+FELT = {"everything": (), "the patterns alone": (Preserve("values"),), "the values alone": (Preserve("patterns"),)}
 
 
 # The drawings: functions that return templates, and functions (`…_values`) that fill them.

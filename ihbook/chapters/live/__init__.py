@@ -2,11 +2,11 @@
 
 Their scripts are the network (`network.js`, `step.js`, over `products.js` and `random.js`), the encoder of characters
 (`encoder.js`), what a Web Worker does with them (`worker.js`), and the panels. Weights, sequences and clamps are PyTorch's; tests
-hold the scripts to it in a browser. A page has one `shared`, before its panels.
+hold the scripts to it in a browser.
 """
 
-from ihbook.chapters.live.data import offered, rounded, shared
-from ihbook.chapters.live.operate import drawable, operate
-from ihbook.chapters.live.what_if import networks, ways, what_if
+from ihbook.chapters.live.data import offered, rounded
+from ihbook.chapters.live.page import Page, networks
+from ihbook.chapters.live.what_if import ways
 
-__all__ = ["drawable", "networks", "offered", "operate", "rounded", "shared", "ways", "what_if"]
+__all__ = ["Page", "networks", "offered", "rounded", "ways"]

@@ -6,34 +6,31 @@ import base64
 import html
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
 import torch
 
-from ihbook import task
 from ihbook.banks import load_bank
 from ihbook.chapters import pictures
-from ihbook.chapters.explore import Shown
-from ihbook.chapters.panels import STYLE, bars, patterns
+from ihbook.chapters.panels import bars
 from ihbook.config import ModelConfig, RunConfig, TaskConfig
-from ihbook.model import Weights, shapes
+from ihbook.model import Weights
 from ihbook.task import Batch
 
 FOLDER = files(__package__)
 N_HEADS = ModelConfig().n_heads
 N_LABELS = (5, 10, 15)  # the paper's (Figure 6)
 FEW, SHOWN = 68, 18  # exemplars in the page's bank at most (`network.js`), and of these in sequences to look at
-WORKER = ("unpack", "random", "products", "network", "step", "encoder", "worker")
-TOKENS = ["x", "ℓ", "x", "ℓ", "?"]
 
 
 def offered(run: RunConfig) -> bool:
     """Whether the scripts know this run's network and task: the paper's, with any labels, and with classes that fit the bank."""
     own = replace(TaskConfig(), **{name: getattr(run.task, name) for name in ("n_classes", "n_test_classes", "n_labels")})
-    return run.model == ModelConfig() and run.task == own and run.task.n_classes <= FEW - SHOWN
+    fits = run.task.n_classes <= FEW - SHOWN and load_bank(run.bank).dim % 8 == 0  # products take eight columns at a time
+    return run.model == ModelConfig() and run.task == own and fits
 
 
 def packed(array: np.ndarray) -> str:
@@ -52,7 +49,8 @@ def rounded(weights: Weights) -> Weights:
 
 
 def gathered(batches: Sequence[Batch], bank: torch.Tensor) -> tuple[np.ndarray, dict[str, list[int]]]:
-    """A bank `[n, dim]` of the training exemplars and, after them, those of `batches` (one sequence each); and the sequences."""
+    """A bank `[n, dim]` of the training exemplars and, after them, those of `batches` (one sequence each); and the sequences.
+    Raises ValueError where these are more than `FEW`."""
     rows, ids, labels = list(bank), [], []
     for batch in batches:
         for exemplar in batch.exemplars[0, 0]:
@@ -60,28 +58,14 @@ def gathered(batches: Sequence[Batch], bank: torch.Tensor) -> tuple[np.ndarray, 
             ids.append(same[0] if same else len(rows))
             rows += [] if same else [exemplar]
         labels += batch.labels[0, 0].tolist()
+    if len(rows) > FEW:
+        raise ValueError(f"the page's bank would have {len(rows)} exemplars, more than {FEW}; show fewer sequences")
     return torch.stack(rows).numpy(), {"ids": ids, "labels": labels}
 
 
 def label_counts(run: RunConfig) -> list[int]:
     """The numbers of labels that a reader can choose."""
     return sorted({*N_LABELS, run.task.n_labels})
-
-
-def shared(run: RunConfig, shown: Sequence[Shown], networks: Mapping[str, Weights]) -> str:
-    """What the live panels of a page share, as HTML that stands before the first of them: by number of labels, the weights' shapes,
-    the label pairs that train and a template; the bank, the sequences `shown` and the `networks` by name; the worker's script."""
-    bank = load_bank(run.bank)
-    features, sequences = gathered([each.batch for each in shown], task.split(bank, run.task).train_bank[0])
-    kinds = label_counts(run)
-    found = {
-        "shapes": {n: shapes(run.model, bank.dim, n) for n in kinds},
-        "sets": {n: task.label_sets(replace(run.task, n_labels=n))[0].tolist() for n in kinds},
-        "answers": {n: answers(n) for n in kinds}, "patterns": [patterns(layer, N_HEADS, TOKENS) for layer in range(2)],
-        "bank": packed(features), "nClasses": run.task.n_classes, "nLabels": run.task.n_labels, "shown": sequences,
-        "networks": {name: halves(weights) for name, weights in networks.items()}}
-    style = FOLDER.joinpath("live.css").read_text(encoding="utf-8")
-    return f'{STYLE}<style>{style}</style>{script(found, "ih-shared")}{script(source(*WORKER), "ih-worker")}'
 
 
 # The drawings' templates, and the HTML around them.

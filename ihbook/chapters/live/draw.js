@@ -42,7 +42,7 @@ function missing() {
   return typeof DecompressionStream === "undefined" ? "DecompressionStream" : null;
 }
 function sayInstead(panel, lacks) {
-  const words = `<p role="status">This browser can't compute here: it lacks ${lacks}. What follows was computed in advance.</p>`;
+  const words = `<p role="status">This browser can't compute here: it lacks ${lacks}. This was computed in advance:</p>`;
   panel.querySelector(".ih-instead").insertAdjacentHTML("afterbegin", words);
 }
 function showWorking(panel) {

@@ -45,6 +45,7 @@
     const labels = [0, 1].map((i) => Number(field(`label${i}`).value)), right = labels[SHOWN[choice(2).value].of];
     if (labels[0] === labels[1]) return say("Choose two different labels.");
     busy = true;
+    panel.setAttribute("aria-busy", true);
     operator.postMessage({ do: "operate", clamps: clamps(), images: characters(), labels: [...labels, right] });
   }
 
@@ -60,6 +61,7 @@
     shared.patterns.forEach((template, i) => drawPatterns(panel.querySelectorAll(".ih-patterns")[i], template, patterns[i],
       on(`Layer ${i + 1}`)));
     busy = false;
+    panel.removeAttribute("aria-busy");
     if (wanted) ask();
   }
 

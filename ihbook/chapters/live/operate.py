@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from ihbook.banks import encoder, load_bank
-from ihbook.chapters.explore import FELT
 from ihbook.chapters.live import data
 from ihbook.chapters.live.data import N_HEADS, button, select
+from ihbook.chapters.panels import FELT
 from ihbook.clamps import Clamp
 from ihbook.config import RunConfig
 from ihbook.digest import encode
-from ihbook.model import Weights
 
 HANDS = 2  # exemplars of each class in the page
 
@@ -24,9 +23,9 @@ def drawable(run: RunConfig) -> bool:
     return data.offered(run) and run.bank.name in encoder.KINDS and run.bank.embedding == "auto"
 
 
-def operate(run: RunConfig, networks: Mapping[str, Weights], kinds: Mapping[str, Clamp], instead: str) -> str:
-    """The panel as HTML. `networks` are those that can be operated on, the last of them first shown; `kinds` are clamps by name;
-    `instead` is shown where the browser can't compute."""
+def html_of(run: RunConfig, networks: Sequence[str], kinds: Mapping[str, Clamp], instead: str) -> str:
+    """The panel as HTML, for a page that has what `Page` shows. The last of `networks` is first operated on; `instead` is shown
+    where the browser can't compute."""
     bank = load_bank(run.bank)
     n_test = run.task.n_test_classes
     images = torch.cat([bank.images[:run.task.n_classes, :HANDS], bank.images[-n_test:, :HANDS]])
@@ -57,7 +56,7 @@ def operate(run: RunConfig, networks: Mapping[str, Weights], kinds: Mapping[str,
     slots = "".join(slot(i, f"exemplar {i + 1}", [*names, "drawn by you"], [*indices, "yours"],
                          select(f"label{i}", "label", labels, chosen=labels[i + 1])) for i in range(2))
     slots += slot(2, "query", [*query.values()], [*query])
-    controls = (select("network", "network", list(networks), chosen=list(networks)[-1])
+    controls = (select("network", "network", networks, chosen=networks[-1])
                 + switches("Layer 1", [f"0.{h}" for h in range(N_HEADS)], True)
                 + switches("Layer 2", [f"1.{h}" for h in range(N_HEADS)], True)
                 + select("felt", "what is switched off in Layer 1 is felt by", list(FELT), indices[:len(FELT)])

@@ -20,13 +20,14 @@
     if (!names.length) return say("Choose one or more clamps first.");
     if (!field("seed").checkValidity() || field("seed").value === "") return say("A seed is a whole number from 0 to 9,999.");
     pace = data.paces[field("pace").value];
+    const rest = Math.max(0, names.length / Math.max(1, (navigator.hardwareConcurrency || 2) - 1) - 1);
     networks = names.map((name) => {
       const network = { name, worker: worker(script), points: [], windows: [], seen: 0, running: true, fell: null };
       network.worker.onmessage = ({ data: report }) => told(network, report);
       network.worker.onerror = (event) => say(`Training failed: ${event.message}`);
       network.worker.postMessage({ do: "begin", clamps: ways()[name === data.held ? "nothing" : name], shapes: shared.shapes[nLabels],
         bank: shared.bank, shown: shared.shown, weights: shared.networks[start],
-        task: { nClasses: shared.nClasses, sets: shared.sets[nLabels], lr: pace.lr, seed } });
+        task: { nClasses: shared.nClasses, sets: shared.sets[nLabels], lr: pace.lr, seed, rest } });
       return network;
     });
     all({ do: "train", steps: pace.last / 32 });

@@ -7,17 +7,15 @@ from collections.abc import Mapping, Sequence
 
 from ihbook import metrics
 from ihbook.chapters import experiments, pictures
-from ihbook.chapters.explore import Shown
 from ihbook.chapters.live import data
 from ihbook.chapters.live.data import N_HEADS, button, select
-from ihbook.chapters.panels import chart, loss_axes, threshold_line
+from ihbook.chapters.panels import Shown, chart, loss_axes, threshold_line
 from ihbook.clamps import Clamp, Induction
 from ihbook.config import RunConfig
 from ihbook.digest import encode
-from ihbook.engine.results import Result
-from ihbook.model import Weights
 
 HELD = "hold to clamp"  # the network whose clamp a reader holds and lets go
+INSTEAD = '<p>Here the page trains networks. <a href="07_subcircuits.html">Chapter 7</a> has the same curves.</p>'
 Ways = dict[str, dict[str, list[Clamp]]]  # clamps by heads of Layer 2, then by name
 
 
@@ -29,20 +27,8 @@ def ways(head: int, previous: int) -> Ways:
             "all eight": {name: list(clamps) for name, clamps in six.items()} | {"match": [Induction(every)]}}
 
 
-def networks(result: Result) -> dict[str, Weights]:
-    """Networks of a run to start from or operate on: half-way to its phase change, at it, and finished."""
-    seen, change = sorted(result.checkpoints), experiments.phase_change(result)
-    found = {}
-    for words, share in (("the plateau", 0.5), ("the phase change", 1.0)) if change == change else ():
-        near = min(seen, key=lambda at: abs(at - share * change))
-        found[f"{words} ({near:,} sequences)"] = result.checkpoints[near]
-    return found | {f"the end ({result.run.n_sequences:,} sequences)": result.weights}
-
-
-def what_if(runs: Mapping[str, RunConfig], ways: Ways, shown: Sequence[Shown], networks: Mapping[str, Weights],
-            instead: str) -> str:
-    """The panel as HTML, which reads what `data.shared` has for the page. `runs` hold one run per learning rate, by words; `shown`
-    are the sequences to look at; training may start from one of `networks`; `instead` is shown where the browser can't train."""
+def html_of(runs: Mapping[str, RunConfig], ways: Ways, shown: Sequence[Shown], networks: Sequence[str]) -> str:
+    """The panel as HTML, for a page that has what `Page` shows. Training may start from one of `networks`."""
     run = next(iter(runs.values()))
     names = [*next(iter(ways.values())), HELD]
     colours = pictures.colours(names)
@@ -68,7 +54,7 @@ def what_if(runs: Mapping[str, RunConfig], ways: Ways, shown: Sequence[Shown], n
     hold = button("hold", "Hold to clamp", ' aria-pressed="false"') + select("window", "what", names[1:-1])
     inside = select("inside", "look inside", names) + select("sequence", "on", [each.name for each in shown], numbers[:len(shown)])
     return (
-        f'<section class="ih-panel ih-what-if" aria-label="What if?"><div class="ih-instead">{instead}</div>'
+        f'<section class="ih-panel ih-what-if" aria-label="What if?"><div class="ih-instead">{INSTEAD}</div>'
         f'<div class="ih-works" hidden><form class="ih-controls">{controls}</form><div class="ih-buttons">{buttons}</div>'
         f'<div class="ih-buttons ih-hold" hidden>{hold}</div><p class="ih-said" role="status"></p>'
         '<div class="ih-row"><div class="ih-chart-view"></div><div class="ih-curves"></div></div>'

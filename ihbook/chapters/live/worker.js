@@ -24,7 +24,9 @@ function train() {
   const start = performance.now();
   while (net.steps < until && performance.now() - start < SLICE) step();
   if (net.steps >= until || performance.now() - reported > PAUSE) report();
-  if (net.steps < until) turn.port2.postMessage(0);
+  if (net.steps >= until) return;
+  if (task.rest) setTimeout(train, task.rest * SLICE); // where there are more networks than cores, one core stays free for the page
+  else turn.port2.postMessage(0);
 }
 turn.port1.onmessage = train;
 

@@ -76,15 +76,18 @@ def bars_of(title: str, names: Sequence[str], colours: Sequence[str], limits: tu
 
 
 def head_bars(title: str, layer: int, limits: tuple[float, float]) -> dict:
+    """A bar for each head of a layer."""
     heads = range(N_HEADS)
     return bars_of(title, [f"{layer}.{h}" for h in heads], [pictures.head_colour(h) for h in heads], limits)
 
 
 def answers(n_labels: int) -> dict:
+    """A bar for each label: the probability that the network gives to it."""
     return bars_of("answer: probability of", [f"label {i}" for i in range(n_labels)], ["#555"] * n_labels, (0, 1))
 
 
 def source(*names: str) -> str:
+    """The scripts of these names, one after the other."""
     return "\n".join(FOLDER.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in names)
 
 
@@ -108,4 +111,5 @@ def select(name: str, words: str, options: Sequence[str], values: Sequence[str] 
 
 
 def button(do: str, words: str, more: str = "") -> str:
+    """A button; `do` says to the panel's script what to do."""
     return f'<button type="button" data-do="{do}"{more}>{words}</button>'

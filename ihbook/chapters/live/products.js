@@ -1,6 +1,6 @@
 // Matrix products as WebAssembly that is assembled here, instruction by instruction: no compiler, no binary file.
 
-const memory = new WebAssembly.Memory({ initial: 128 }); // pages of 64 KiB
+const memory = new WebAssembly.Memory({ initial: 256 }); // pages of 64 KiB: some 16 MB
 let used = 0;
 
 /** An array of `size` zeros in the memory that products read, with room for three more rows of `width`. */

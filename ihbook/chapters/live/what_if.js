@@ -50,10 +50,11 @@
     const fell = network.points.find(({ loss }) => loss < data.threshold);
     if (fell && network.fell === null) network.fell = fell.seen;
     if (networks.every((each) => !each.running)) say(summary());
-    else if (report.held === "") say(`${windows(network)} …`);
+    else if (report.held === "") say(`${sentence(windows(network))} Training …`);
     later();
   }
 
+  const sentence = (words) => `${words[0].toUpperCase()}${words.slice(1)}.`;
   const windows = (network) => network.windows.map(({ what, start, end }) =>
     `${what} was clamped from ${number(start)} to ${number(end ?? network.seen)} sequences`).join("; ");
 
@@ -61,7 +62,7 @@
   function summary() {
     const fallen = networks.filter(({ fell }) => fell !== null).sort((a, b) => a.fell - b.fell);
     const words = fallen.map(({ name, fell }) => `${name} at ${number(fell)}`).join(", ");
-    const held = networks.map(windows).filter(Boolean).map((each) => `${each[0].toUpperCase()}${each.slice(1)}.`).join(" ");
+    const held = networks.map(windows).filter(Boolean).map(sentence).join(" ");
     return `${fallen.length ? `The loss fell, in sequences seen: ${words}.` : "No loss has fallen yet."} ${held}`;
   }
 

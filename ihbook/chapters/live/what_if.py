@@ -51,7 +51,7 @@ def html_of(runs: Mapping[str, RunConfig], ways: Ways, shown: Sequence[Shown], n
         + select("pace", "learning rate", list(runs), numbers[:len(runs)]))
     buttons = button("train", "Train") + "".join(button(word.lower(), word, " disabled") for word in
                                                  ("Pause", "Step", "Continue", "Reset"))
-    hold = button("hold", "Hold to clamp", ' aria-pressed="false"') + select("window", "what", names[1:-1])
+    hold = button("hold", "Hold to clamp", ' aria-pressed="false"') + select("window", "what", names[1:-1], chosen="match")
     inside = select("inside", "look inside", names) + select("sequence", "on", [each.name for each in shown], numbers[:len(shown)])
     return (
         f'<section class="ih-panel ih-what-if" aria-label="What if?"><div class="ih-instead">{INSTEAD}</div>'

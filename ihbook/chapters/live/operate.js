@@ -50,6 +50,8 @@
   }
 
   function told({ error, patterns, logits, accuracy, loss }) {
+    busy = false;
+    panel.removeAttribute("aria-busy");
     if (error) return fail(error);
     const answer = softmax(logits), best = answer.indexOf(Math.max(...answer));
     const owner = [0, 1].find((i) => Number(field(`label${i}`).value) === best);
@@ -60,8 +62,6 @@
     const on = (name) => [...panel.querySelectorAll(`[name="${name}"]`)].map((box) => box.checked);
     shared.patterns.forEach((template, i) => drawPatterns(panel.querySelectorAll(".ih-patterns")[i], template, patterns[i],
       on(`Layer ${i + 1}`)));
-    busy = false;
-    panel.removeAttribute("aria-busy");
     if (wanted) ask();
   }
 
@@ -118,18 +118,25 @@
   });
   one(".ih-works").addEventListener("submit", (event) => event.preventDefault());
 
+  function begin() {
+    shared = sharedData();
+    operator = worker(workerScript());
+    operator.onmessage = ({ data: answer }) => told(answer);
+    operator.onerror = (event) => fail(event.message);
+    operator.postMessage({ do: "operateOn", shapes: shared.shapes[shared.nLabels], bank: shared.bank, encoder: data.encoder,
+      scale: data.scale, weights: shared.networks[field("network").value],
+      task: { nClasses: shared.nClasses, sets: shared.sets[shared.nLabels] } });
+    busy = false;
+    ask();
+  }
+
   images = new Uint8Array(await unpacked(data.images));
   paint();
   const seen = new IntersectionObserver((entries) => { // the network is unpacked when the reader comes to the panel
     if (!entries.some(({ isIntersecting }) => isIntersecting)) return;
     seen.disconnect();
-    shared = sharedData();
-    operator = worker(workerScript());
-    operator.onmessage = ({ data: answer }) => told(answer);
-    operator.onerror = (event) => fail(event.message);
-    operator.postMessage({ do: "operateOn", shapes: shared.shapes[shared.nLabels], bank: shared.bank, encoder: data.encoder, scale: data.scale,
-      weights: shared.networks[field("network").value], task: { nClasses: shared.nClasses, sets: shared.sets[shared.nLabels] } });
-    ask();
+    begin();
   });
   seen.observe(panel);
+  addEventListener("pageshow", ({ persisted }) => { if (persisted && operator) begin(); }); // the reader has come back
 })();

@@ -19,7 +19,7 @@ WORKER = ("unpack", "random", "products", "network", "step", "encoder", "worker"
 TOKENS = ["x", "ℓ", "x", "ℓ", "?"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Page:
     """A page's live panels. It shows itself as what they share, which must stand before the first of them. `networks` hold weights
     by words, the finished ones last. There are no live panels for a network or task that the scripts don't know."""

@@ -77,7 +77,7 @@ function sequenceOf({ images, labels }) {
   return { bank: batch.bank, n: task.nClasses + 3, ids: [0, 1, 2].map((i) => task.nClasses + i), labels };
 }
 
-let encoder, scale, sample, plain, onePlain;
+let encoder, scale, sample, plain, onePlain, cost = {};
 const known = new Map(), NOTHING = held([]);
 
 const DO = {
@@ -109,12 +109,17 @@ const DO = {
     scale = message.scale;
     sample = { ...batch, size: 2000, ...drawSequences("('explore', 0)", 2000, task.nClasses, task.sets) };
   },
-  async weights({ weights }) { await adopt(net, weights); },
+  async weights({ weights }) {
+    await adopt(net, weights);
+    cost = {};
+  },
   /** The network's answer on one sequence, with its attention, and what the operation costs over the sample. */
   operate(message) {
     const clamps = held(message.clamps), own = sequenceOf(message);
     forward(net, own, 0, clamps, one, clamps.kept.length ? forward(net, own, 0, NOTHING, onePlain) : null);
-    postMessage({ patterns: one.layers.map(({ pattern }) => [...pattern]), logits: [...one.logits], ...measured(sample, clamps) });
+    const key = JSON.stringify(message.clamps);
+    if (key !== cost.key) cost = { key, ...measured(sample, clamps) }; // a new character does not change it
+    postMessage({ patterns: one.layers.map(({ pattern }) => [...pattern]), logits: [...one.logits], ...cost });
   },
 };
 

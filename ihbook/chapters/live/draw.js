@@ -3,7 +3,10 @@
 const short = (x, digits = 2) => String(+x.toFixed(digits)).replace(/^(-?)0\./, "$1.");
 const filled = (template, values) => { let next = 0; return template.replace(/{}/g, () => values[next++]); };
 const clip = (x, low, high) => Math.min(Math.max(x, low), high);
-const softmax = (x) => { const most = Math.max(...x), e = x.map((y) => Math.exp(y - most)), sum = e.reduce((a, b) => a + b); return e.map((y) => y / sum); };
+function softmax(x) {
+  const most = Math.max(...x), powers = x.map((y) => Math.exp(y - most)), sum = powers.reduce((a, b) => a + b);
+  return powers.map((y) => y / sum);
+}
 
 /** The numbers of bars from 0, each with its number; a bar stops at the limits. */
 function barValues(values, { limits: [low, high], longest }, digits = 2) {

@@ -8,13 +8,14 @@ function encoderOf(buffer) {
   return WIDTHS.map((width) => {
     const weight = new Int8Array(buffer, at, width * inputs * 9), exponent = new Int8Array(buffer, (at += weight.length), width);
     const bias = new Int32Array(buffer.slice((at += width), (at += 4 * width)));
-    const layer = { inputs, width, bias, weight: Float64Array.from(weight, (w, i) => w * 2 ** -exponent[Math.floor(i / inputs / 9)]) };
+    const scaled = Float64Array.from(weight, (w, i) => w * 2 ** -exponent[Math.floor(i / inputs / 9)]);
+    const layer = { inputs, width, bias, weight: scaled };
     inputs = width;
     return layer;
   });
 }
 
-/** Features of a character, 28 x 28 bytes with ink 255, before they are rounded to single precision. */
+/** The 512 features of a character, 28 x 28 bytes with ink 255. */
 function encode(layers, image, scale) {
   let side = SIDE, x = Float64Array.from(image, (ink) => ink / 256); // [channel, row, column]
   layers.forEach(({ inputs, width, bias, weight }, i) => {
@@ -31,7 +32,8 @@ function encode(layers, image, scale) {
         for (let tap = 0; tap < 9; tap++) {
           const w = weight[(o * inputs + c) * 9 + tap], start = c * wide * wide + Math.floor(tap / 3) * wide + tap % 3;
           for (let row = 0; row < side; row++) {
-            for (let column = 0, from = start + row * wide; column < side; column++) own[row * side + column] += w * padded[from + column];
+            const to = row * side, from = start + row * wide;
+            for (let column = 0; column < side; column++) own[to + column] += w * padded[from + column];
           }
         }
       }
@@ -39,7 +41,8 @@ function encode(layers, image, scale) {
     }
     x = out;
   });
-  return Float32Array.from({ length: WIDTHS[3] }, (_, o) => scale * x.subarray(o * side * side, (o + 1) * side * side).reduce((a, b) => a + b));
+  const places = side * side, sum = (channel) => x.subarray(channel * places, (channel + 1) * places).reduce((a, b) => a + b);
+  return Float32Array.from({ length: WIDTHS[3] }, (_, channel) => scale * sum(channel));
 }
 
 /** The nearest whole number; of two as near, the even one. */

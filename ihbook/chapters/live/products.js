@@ -15,7 +15,8 @@ const leb = (n) => (n < 128 ? [n] : [(n & 127) | 128, ...leb(n >>> 7)]);
 const get = (local) => [0x20, local], set = (local) => [0x21, local], tee = (local) => [0x22, local];
 const constant = (n) => [0x41, n], add = [0x6a], times = [0x6c]; // of whole numbers, n < 64
 const vector = (code, ...rest) => [0xfd, ...leb(code), ...rest];
-const load = (offset) => vector(0, 2, offset), store = (offset) => vector(11, 2, offset), spread = vector(9, 2, 0); // of four floats
+const load = (offset) => vector(0, 2, offset), store = (offset) => vector(11, 2, offset); // of four floats
+const spread = vector(9, 2, 0);
 const spreadInt = vector(17), and = vector(78), vectorAdd = vector(228), vectorTimes = vector(230);
 const advance = (local, by) => [...get(local), ...by, ...add, ...set(local)];
 /** Repeats `body` while `local`, advanced by `step`, is below `end`; at least once. */
@@ -64,10 +65,10 @@ function assembled() {
 
 const multiply = assembled();
 
-/** y = x wᵀ, as a layer computes it: `x` [rows, inputs], `w` [outputs, inputs] given as `wt`, its transpose. `xRow` and `yRow` are
- * the lengths of rows where only some columns or every nth row is meant. */
-function linear(y, x, wt, rows, inputs, outputs, xRow = inputs, yRow = outputs) {
-  multiply(y.byteOffset, x.byteOffset, wt.byteOffset, rows, 4 * outputs, inputs, 4 * yRow, 4 * xRow, 4, 4 * outputs, 0);
+/** y = x wᵀ, as a layer computes it: `x` [rows, inputs], and `w` [outputs, inputs] given as its transpose. From one row of `x` to
+ * the next it is `xRow`, so that every nth row can be meant. */
+function linear(y, x, wt, rows, inputs, outputs, xRow = inputs) {
+  multiply(y.byteOffset, x.byteOffset, wt.byteOffset, rows, 4 * outputs, inputs, 4 * outputs, 4 * xRow, 4, 4 * outputs, 0);
 }
 
 /** dx = dy w, or dx + dy w with `keep`. */

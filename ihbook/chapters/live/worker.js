@@ -17,22 +17,26 @@ async function adopt(net, weights) {
 }
 
 let net, acts, one, batch, task, clamps, shown, looking = null, until = 0, points = [], sums = null, drawn = -1, reported = 0;
-const turn = new MessageChannel(); // a timer would wait four milliseconds
+let waiting = false; // for the next turn
+const turn = new MessageChannel(); // messages are read between two turns; a timer would wait four milliseconds
 
 /** Train for a while; report, and go on unless that was the end. */
 function train() {
   const start = performance.now();
+  waiting = false;
   while (net.steps < until && performance.now() - start < SLICE) step();
   if (net.steps >= until || performance.now() - reported > PAUSE) report();
   if (net.steps >= until) return;
-  if (task.rest) setTimeout(train, task.rest * SLICE); // where there are more networks than cores, one core stays free for the page
+  waiting = true;
+  if (task.rest) setTimeout(train, task.rest * SLICE); // there are more networks than cores: one core stays free for the page
   else turn.port2.postMessage(0);
 }
 turn.port1.onmessage = train;
 
 function step() {
   const chunk = Math.floor(32 * net.steps / CHUNK), from = 32 * net.steps % CHUNK;
-  if (chunk !== drawn) Object.assign(batch, drawSequences(`('train', ${task.seed}, ${drawn = chunk})`, CHUNK, task.nClasses, task.sets));
+  if (chunk !== drawn) Object.assign(batch, drawSequences(`('train', ${task.seed}, ${chunk})`, CHUNK, task.nClasses, task.sets));
+  drawn = chunk;
   const loss = trainStep(net, batch, from, clamps, acts, task.lr);
   const { previous, induction } = strengths(acts, batch.labels, from), found = [loss, ...previous, ...induction];
   sums = sums ? sums.map((sum, i) => sum + found[i]) : found;
@@ -71,6 +75,7 @@ function measured(sample, clamps) {
 function sequenceOf({ images, labels }) {
   images.forEach((image, i) => {
     const key = image.join();
+    if (known.size > 100) known.clear(); // a drawing in the making is a new character with each stroke
     if (!known.has(key)) known.set(key, encode(encoder, image, scale));
     batch.bank.set(known.get(key), (task.nClasses + i) * net.dim);
   });
@@ -92,10 +97,10 @@ const DO = {
     clamps = held(message.clamps);
     report({ held: message.held });
   },
-  train({ steps }) {
-    const still = net.steps >= until;
-    until = net.steps + steps;
-    if (still) train();
+  /** Train so many steps, or to the end. */
+  train({ steps = Infinity }) {
+    until = Math.min(net.steps + steps, task.steps);
+    if (!waiting) train();
   },
   pause() { until = net.steps; report(); },
   look({ sequence }) { looking = sequence; report(); },

@@ -208,6 +208,11 @@ def test_what_if_says_what_is_wrong(what_if):
     assert "no head 1.9" in what_if.said.value and not what_if.train.disabled
 
 
+def test_what_if_trains_where_there_is_a_kernel_and_otherwise_shows_its_page(what_if):
+    shown = explore.WhatIf(what_if.settings, what_if.choices, page="<p>live</p>")._repr_mimebundle_()
+    assert shown["text/html"] == "<p>live</p>" and "application/vnd.jupyter.widget-view+json" in shown
+
+
 def test_a_network_of_another_shape(tmp_path):
     run = RunConfig(model=ModelConfig(n_heads=4), task=TaskConfig(n_labels=4, n_classes=20), bank=BankConfig(n_classes=120),
                     n_sequences=640, eval_every=320, heads_every=320, checkpoint_every=320, eval_size=40)

@@ -11,7 +11,7 @@ from conftest import opened
 
 from ihbook import metrics, task, train
 from ihbook.banks import encoder, load_bank
-from ihbook.chapters import experiments, explore, live
+from ihbook.chapters import explore, live
 from ihbook.chapters.live import data
 from ihbook.chapters.live.page import WORKER
 from ihbook.clamps import Ablate, Copy, Induction, PerfectLayer1, Preserve, PreviousToken, compose, run_with_clamps
@@ -262,7 +262,7 @@ def test_a_window_lets_the_network_learn_what_it_waits_for(page, how):
 
 
 def test_pause_step_continue_and_a_checkpoint_with_other_labels(page, site):
-    panel = what_if(page, "nothing", heads="all eight", labels="15", seed="7", inside="nothing")
+    panel = what_if(page, "nothing", heads="all 8", labels="15", seed="7", inside="nothing")
     panel.get_by_role("button", name="Train", exact=True).press("Enter")
     panel.locator('.ih-chart-view path[stroke-width="1.8"]').wait_for()
     panel.get_by_role("button", name="Pause").click()
@@ -350,10 +350,3 @@ def test_without_a_network_that_the_scripts_know_there_is_no_live_panel(site):
     other = live.Page(replace(RUN, model=ModelConfig(n_heads=4)), [], {})
     assert other._repr_html_() == "" and other.operate({}, "<p>the replay</p>") == "<p>the replay</p>" and other.what_if({}, {}) is None
     assert live.offered(replace(RUN, task=TaskConfig(n_labels=7))) and not live.offered(replace(RUN, task=TaskConfig(noise=0.1)))
-
-
-def test_where_there_is_a_kernel_it_trains():
-    """The panel's widget comes first; its page is shown only where there is none."""
-    panel = explore.WhatIf(experiments.Settings("quick"), {"nothing": []}, page="<p>live</p>")
-    shown = panel._repr_mimebundle_()
-    assert shown["text/html"] == "<p>live</p>" and "application/vnd.jupyter.widget-view+json" in shown

@@ -94,7 +94,7 @@
       if (!drawn[slot]) wipe(slot);
       stroke(event);
     });
-    canvas.addEventListener("pointermove", (event) => { if (last) event.getCoalescedEvents().forEach(stroke); });
+    canvas.addEventListener("pointermove", (event) => { if (last) (event.getCoalescedEvents?.() ?? [event]).forEach(stroke); });
     for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => { last = null; });
   });
 

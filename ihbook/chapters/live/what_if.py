@@ -19,12 +19,11 @@ INSTEAD = '<p>Here the page trains networks. <a href="07_subcircuits.html">Chapt
 Ways = dict[str, dict[str, list[Clamp]]]  # clamps by heads of Layer 2, then by name
 
 
-def ways(head: int, previous: int) -> Ways:
-    """The clamps of Figure 5b, with head 1.`head` alone in Layer 2 or with all eight; `previous` is a head of Layer 1."""
-    six, every = experiments.six_ways(head, previous), tuple((1, h) for h in range(N_HEADS))
-    alone = {name: [experiments.only(head, N_HEADS), *clamps] for name, clamps in six.items()}
-    return {f"1.{head} alone": alone,
-            "all eight": {name: list(clamps) for name, clamps in six.items()} | {"match": [Induction(every)]}}
+def ways(head: int, previous: int, n_heads: int = N_HEADS) -> Ways:
+    """The clamps of Figure 5b, with head 1.`head` alone in Layer 2 or with all of them; `previous` is a head of Layer 1."""
+    six, every = experiments.six_ways(head, previous), tuple((1, h) for h in range(n_heads))
+    return {f"1.{head} alone": {name: [experiments.only(head, n_heads), *clamps] for name, clamps in six.items()},
+            f"all {n_heads}": {name: list(clamps) for name, clamps in six.items()} | {"match": [Induction(every)]}}
 
 
 def html_of(runs: Mapping[str, RunConfig], ways: Ways, shown: Sequence[Shown], networks: Sequence[str]) -> str:

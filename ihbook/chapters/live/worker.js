@@ -13,7 +13,8 @@ function fromHalf(bits) {
 
 /** Fill a network with a checkpoint's weights. */
 async function adopt(net, weights) {
-  net.flat.params.set(Float32Array.from(new Uint16Array(await unpacked(weights)), fromHalf));
+  const bytes = new Uint8Array(await unpacked(weights)), n = bytes.length / 2;
+  net.flat.params.set(Float32Array.from({ length: n }, (_, i) => fromHalf(bytes[i] | (bytes[n + i] << 8))));
 }
 
 let net, acts, one, batch, task, clamps, shown, looking = null, until = 0, points = [], sums = null, drawn = -1, reported = 0;

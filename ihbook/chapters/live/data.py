@@ -39,7 +39,7 @@ def packed(array: np.ndarray) -> str:
 
 
 def halves(weights: Weights) -> str:
-    """A network's weights in half precision, as a page holds a checkpoint: all low bytes, then all high ones, which deflate well."""
+    """A network's weights in half precision, as a page holds a checkpoint: all low bytes, then all high ones, to deflate well."""
     flat = torch.cat([tensor.flatten() for tensor in weights.tensors.values()]).half().numpy()
     return packed(flat.astype("<f2").view(np.uint8).reshape(-1, 2).T)
 

@@ -74,6 +74,41 @@ def built(tmp_path_factory, quick) -> tuple[Path, str]:
     return root / "_build/html", done.stderr
 
 
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, with no network but loopback."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no browser: install Chromium")
+    with sync.sync_playwright() as playwright:
+        rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+        chromium = playwright.chromium.launch(executable_path=path, args=[rules, "--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+THEIRS = ("Identifier 'THEBE_JS_URL' has already been declared", "Got invalid theme mode",  # the theme's own, on every page
+          "Failed to load resource")  # repeats what is recorded as a response or a failed request
+
+
+def opened(browser, address, width=1366, first=""):
+    """A page, and the errors on it that are not the theme's; the script `first` runs before the page's own."""
+    page, wrong = browser.new_page(viewport={"width": width, "height": 900}), []
+    page.add_init_script(first)
+
+    def said(words):
+        if not words.startswith(THEIRS):
+            wrong.append(words)
+
+    page.on("console", lambda message: said(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: said(str(error)))
+    page.on("response", lambda r: wrong.append(f"{r.status}: {r.url}") if r.status >= 400 and "favicon.ico" not in r.url else None)
+    page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
+    page.goto(address, wait_until="networkidle")
+    return page, wrong
+
+
 @pytest.fixture(scope="session")
 def golden():
     return read_npz(DATA / "golden.npz")

@@ -13,7 +13,7 @@ import time
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, TOOLS
+from conftest import ROOT, TOOLS, opened
 from nbclient import NotebookClient
 
 from ihbook import metrics, task, toy, train
@@ -208,6 +208,11 @@ def test_what_if_says_what_is_wrong(what_if):
     assert "no head 1.9" in what_if.said.value and not what_if.train.disabled
 
 
+def test_what_if_trains_where_there_is_a_kernel_and_otherwise_shows_its_page(what_if):
+    shown = explore.WhatIf(what_if.settings, what_if.choices, page="<p>live</p>")._repr_mimebundle_()
+    assert shown["text/html"] == "<p>live</p>" and "application/vnd.jupyter.widget-view+json" in shown
+
+
 def test_a_network_of_another_shape(tmp_path):
     run = RunConfig(model=ModelConfig(n_heads=4), task=TaskConfig(n_labels=4, n_classes=20), bank=BankConfig(n_classes=120),
                     n_sequences=640, eval_every=320, heads_every=320, checkpoint_every=320, eval_size=40)
@@ -250,20 +255,6 @@ def test_the_notebooks_widgets(executed):
     assert all("text/html" in o["data"] for o in shown if "application/vnd.jupyter.widget-view+json" in o["data"])
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium, with no network but loopback."""
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no browser: install Chromium")
-    with sync.sync_playwright() as playwright:
-        rules = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-        chromium = playwright.chromium.launch(executable_path=path, args=[rules, "--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
@@ -276,26 +267,6 @@ def site(built):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-THEIRS = ("Identifier 'THEBE_JS_URL' has already been declared", "Got invalid theme mode",  # the theme's own, on every page
-          "Failed to load resource")  # repeats what is recorded as a response or a failed request
-
-
-def opened(browser, address, width=1366):
-    """A page, and the errors on it that are not the theme's."""
-    page, wrong = browser.new_page(viewport={"width": width, "height": 900}), []
-
-    def said(words):
-        if not words.startswith(THEIRS):
-            wrong.append(words)
-
-    page.on("console", lambda message: said(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: said(str(error)))
-    page.on("response", lambda r: wrong.append(f"{r.status}: {r.url}") if r.status >= 400 and "favicon.ico" not in r.url else None)
-    page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
-    page.goto(address, wait_until="networkidle")
-    return page, wrong
 
 
 @pytest.mark.xdist_group("book")
@@ -378,8 +349,8 @@ def test_the_static_scrubber_moves(browser, site, width):
 @pytest.mark.xdist_group("book")
 @pytest.mark.slow
 def test_the_static_operating_table(browser, site):
-    page, _ = opened(browser, f"{site}/explore.html")
-    panel = page.locator("section.ih-panel").nth(1)
+    page, _ = opened(browser, f"{site}/explore.html", first="delete window.Worker")  # with workers, the page computes: see test_live
+    panel = page.locator(".ih-operate .ih-instead section.ih-panel")
     numbers = panel.locator(".ih-view").first
     whole = texts(numbers.inner_html())
     for box in panel.locator("input[type=checkbox]").all():

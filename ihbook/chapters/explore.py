@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import html
 import itertools
-import math
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,20 +19,24 @@ from ihbook import metrics, task, toy
 from ihbook.banks import load_bank
 from ihbook.chapters import experiments, pictures
 from ihbook.chapters.experiments import Settings
+from ihbook.chapters.live import Page
 from ihbook.chapters.panels import (
+    FELT,
     STYLE,
     Axes,
     Control,
     Panel,
     Part,
+    Shown,
     bar_values,
     bars,
     chart,
+    loss_axes,
     page,
     pattern_values,
     patterns,
-    picture,
     short,
+    threshold_line,
 )
 from ihbook.clamps import Ablate, Clamp, Copy, Induction, PerfectLayer1, Preserve, PreviousToken, run_with_clamps
 from ihbook.config import RunConfig
@@ -44,30 +46,6 @@ from ihbook.engine.results import Result
 from ihbook.task import Batch
 
 MOST_HEADS = 8  # the page without a kernel holds every set of heads
-
-
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """One sequence to show: its evaluation set in words, a batch that holds it alone, and its characters if there are any."""
-
-    name: str
-    batch: Batch
-    images: tuple[Tensor, ...] | None
-
-    def drawing(self) -> str:
-        """Its tokens and its right answer, as HTML."""
-        labels = self.batch.labels[0, 0].tolist()
-        ids = self.batch.ids[0, 0].tolist()
-        cells = []
-        for i, label in enumerate(labels):
-            last = i == len(labels) - 1
-            what = "query" if last else f"exemplar {i + 1}"
-            drawn = (f'<img alt="{what}" src="{picture(self.images[i])}">' if self.images
-                     else f'<div class="ih-label">x{ids[i]}</div>')
-            cells.append(f"<figure>{drawn}<figcaption>{what}</figcaption></figure>")
-            role = "right answer" if last else "label"
-            cells.append(f'<figure><div class="ih-label">{label}</div><figcaption>{role}</figcaption></figure>')
-        return f'<div class="ih-tokens">{"".join(cells)}</div>'
 
 
 def sequences(settings: Settings, n_training: int = 3) -> list[Shown]:
@@ -90,29 +68,9 @@ def _header(shown: Sequence[Shown]) -> Part:
     return Part("{}", ("sequence",), lambda i: [shown[int(i)].drawing()])
 
 
-def _millions(last: float) -> list[tuple[float, str]]:
-    """Marks along an axis of sequences seen."""
-    step = 10 ** math.floor(math.log10(last))
-    step = step / 5 if last / step < 2 else step / 2 if last / step < 5 else step
-    unit, letter = (1e6, "M") if last >= 5e5 else (1e3, "k")
-    return [(i * step, f"{i * step / unit:g} {letter}" if i else "0") for i in range(int(last / step) + 1)]
-
-
-def _loss_axes(last: float, top: float = 1.8) -> Axes:
-    return Axes((0, last), (0, top), "sequences seen", "training loss (nats)", _millions(last),
-                [(y, short(y)) for y in (0, 0.5, 1.0, 1.5)])
-
-
 def _tokens(shown: Sequence[Shown]) -> list[str]:
     """A one-letter name for each position: an attention pattern has room for no more."""
     return ["x", "ℓ"] * (shown[0].batch.labels.shape[2] - 1) + ["?"]
-
-
-def _threshold(axes: Axes, run: RunConfig) -> str:
-    n_ways = run.task.n_ways
-    y, right = axes.at(0, metrics.threshold(n_ways))[1], axes.at(axes.x[1], 0)[0]
-    return (f'<line x1="{axes.LEFT}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888" stroke-dasharray="4 3"/>'
-            f'<text x="{right:.1f}" y="{y - 4:.1f}" text-anchor="end">0.4 ln {n_ways}: phase change</text>')
 
 
 def _colours(n_heads: int) -> list[str]:
@@ -128,9 +86,9 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
                          "heads_every, such as 20,000 sequences both")
     model, n_labels = result.run.model, result.run.task.n_labels
     losses = experiments.curve(result)
-    axes = _loss_axes(seen[-1])
+    axes = loss_axes(seen[-1])
     line = axes.path(losses[["sequences", "value"]].to_numpy())
-    inside = (f'<path d="{line}" fill="none" stroke="#222" stroke-width="1.8"/>{_threshold(axes, result.run)}'
+    inside = (f'<path d="{line}" fill="none" stroke="#222" stroke-width="1.8"/>{threshold_line(axes, result.run)}'
               '<circle cx="{}" cy="{}" r="6" fill="#d55e00"/><text class="ih-value" x="{}" y="{}" fill="#a44a00">{}</text>')
     heads = [f"1.{h}" for h in range(model.n_heads)]
     labels = [f"label {i}" for i in range(n_labels)]
@@ -169,28 +127,29 @@ def scrub(result: Result, shown: Sequence[Shown]) -> Panel:
         label="Scrub through training")
 
 
-FELT = {"everything": (), "the patterns alone": (Preserve("values"),), "the values alone": (Preserve("patterns"),)}
-
-
 def _ablated(layer: int, bits: str) -> list[Clamp]:
     """The clamp that ablates the heads of a layer whose bit is 0, or no clamp."""
     off = tuple((layer, h) for h, bit in enumerate(bits) if bit == "0")
     return [Ablate(off)] if off else []
 
 
-def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
+def clamps_to_add(result: Result, sample: Batch) -> dict[str, Clamp]:
+    """Clamps on the finished network, by name: of its strongest previous-token head, and of its strongest induction head."""
+    best, pt = next(iter(experiments.by_strength(result, sample))), experiments.previous_token_heads(result)[-1]
+    second = tuple((1, h) for h in range(result.run.model.n_heads))
+    return {f"previous token (0.{pt})": PreviousToken((0, pt)), "match (all of Layer 2)": Induction(second),
+            f"copy (1.{best})": Copy((1, best)), "layer 1": PerfectLayer1()}
+
+
+def operate(result: Result, shown: Sequence[Shown], sample: Batch, live: Page | None = None) -> Panel:
     """Switch heads off and clamp the rest, on the finished network: accuracy, loss over `sample`, attention (chapter 3). Live,
-    every head has a switch. The page without a kernel has switches for Layer 2, some of the clamps, and the first 500 sequences.
-    It holds every set of heads, so a network with more than `MOST_HEADS` heads per layer raises ValueError."""
+    every head has a switch. The page without a kernel holds every set of heads of Layer 2 with some of the clamps, over the first
+    500 sequences; a network with more than `MOST_HEADS` heads per layer raises ValueError. If the page is `live`, it computes."""
     weights, model = result.weights, result.run.model
     if model.n_heads > MOST_HEADS:
         raise ValueError(f"n_heads={model.n_heads}: the page holds every set of heads; choose at most {MOST_HEADS}")
-    best = next(iter(experiments.by_strength(result, sample)))
-    found = experiments.previous_token_heads(result)
-    previous, pt = tuple((0, h) for h in found), (0, found[-1])
-    second = tuple((1, h) for h in range(model.n_heads))
-    kinds = {f"previous token ({pt[0]}.{pt[1]})": PreviousToken(pt), "match (all of Layer 2)": Induction(second),
-             f"copy (1.{best})": Copy((1, best)), "layer 1": PerfectLayer1()}
+    found, kinds = experiments.previous_token_heads(result), clamps_to_add(result, sample)
+    previous = tuple((0, h) for h in found)
     names = ["accuracy", "loss (nats)"]
     limits = (0, 1.7)
     few = sample.split(500)[0]  # since the page holds thousands of states
@@ -244,7 +203,7 @@ def operate(result: Result, shown: Sequence[Shown], sample: Batch) -> Panel:
         [Part(result_bars, follows, lambda *states: numbers([chosen(*states)])[0]), _header(shown),
          Part(grids, (*follows, "sequence"),
               lambda first, last, felt, clamped, i: attention(i, chosen(first, last, felt, clamped), first, last))],
-        label="Operate on the finished network", page=without_kernel)
+        label="Operate on the finished network", page=live.operate(kinds, without_kernel) if live else without_kernel)
 
 
 def wiring(result: Result, sample: Batch) -> Panel:
@@ -299,12 +258,14 @@ def toy_model(seed: int = 1, n_iterations: int = 400) -> Panel:
 
 class WhatIf(ipywidgets.VBox):
     """Choose rows of `choices` (clamps by name), train `settings.run(length)` under each, and watch the losses fall; the notebook
-    stays free meanwhile. Stop saves the state, and Continue resumes. `results` are those of `runs`, or None until they finish."""
+    stays free meanwhile. Stop saves the state, and Continue resumes. `results` are those of `runs`, or None until they finish.
+    Without a kernel, as in a built page, it shows `page` instead (see `ihbook.chapters.live`)."""
 
     EVERY = 40  # steps whose losses are averaged into one point of a curve
 
-    def __init__(self, settings: Settings, choices: Mapping[str, Sequence[Clamp]], length: float = experiments.PUBLISHED):
-        self.settings, self.choices, self.length = settings, dict(choices), length
+    def __init__(self, settings: Settings, choices: Mapping[str, Sequence[Clamp]], length: float = experiments.PUBLISHED,
+                 page: str | None = None):
+        self._page, self.settings, self.choices, self.length = page, settings, dict(choices), length
         self.runs: list[RunConfig] = []
         self.results: list[Result] | None = None
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -323,7 +284,7 @@ class WhatIf(ipywidgets.VBox):
         self._draw()
 
     def _repr_mimebundle_(self, **options: object) -> dict:
-        page = f'{STYLE}<div class="ih-live">{self.said.value}{self.view.value}</div>'
+        page = self._page or f'{STYLE}<div class="ih-live">{self.said.value}{self.view.value}</div>'
         return {**super()._repr_mimebundle_(**options), "text/html": page}
 
     def _begin(self) -> None:
@@ -393,9 +354,9 @@ class WhatIf(ipywidgets.VBox):
         self.said.value = f'<p role="status">{html.escape(words)}</p>'
 
     def _draw(self) -> None:
-        axes = _loss_axes(self.settings.length(self.length))
+        axes = loss_axes(self.settings.length(self.length))
         colours = pictures.colours(list(self.choices))
         lines = "".join(f'<path d="{axes.path(points)}" fill="none" stroke="{colours[name]}" stroke-width="1.8"/>'
                         f'<text x="{axes.LEFT + 8}" y="{axes.HEIGHT - axes.BOTTOM - 8 - 15 * i}" fill="{colours[name]}" '
                         f'class="ih-title">{html.escape(name)}</text>' for i, (name, points) in enumerate(self._curves.items()))
-        self.view.value = STYLE + chart(axes, "Training losses", _threshold(axes, self.settings.run()) + lines)
+        self.view.value = STYLE + chart(axes, "Training losses", threshold_line(axes, self.settings.run()) + lines)

@@ -11,6 +11,7 @@ import html
 import io
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ihbook import metrics
 from ihbook.chapters import pictures
+from ihbook.clamps import Preserve
+from ihbook.config import RunConfig
+from ihbook.task import Batch
 
 Values = list[str]
 
@@ -157,6 +162,33 @@ def _field(control: Control) -> str:
     return f'<fieldset><legend>{name}</legend>{boxes}</fieldset>'
 
 
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """One sequence to show: its evaluation set in words, a batch that holds it alone, and its characters if there are any."""
+
+    name: str
+    batch: Batch
+    images: tuple[Tensor, ...] | None
+
+    def drawing(self) -> str:
+        """Its tokens and its right answer, as HTML."""
+        labels = self.batch.labels[0, 0].tolist()
+        ids = self.batch.ids[0, 0].tolist()
+        cells = []
+        for i, label in enumerate(labels):
+            last = i == len(labels) - 1
+            what = "query" if last else f"exemplar {i + 1}"
+            drawn = (f'<img alt="{what}" src="{picture(self.images[i])}">' if self.images
+                     else f'<div class="ih-label">x{ids[i]}</div>')
+            cells.append(f"<figure>{drawn}<figcaption>{what}</figcaption></figure>")
+            role = "right answer" if last else "label"
+            cells.append(f'<figure><div class="ih-label">{label}</div><figcaption>{role}</figcaption></figure>')
+        return f'<div class="ih-tokens">{"".join(cells)}</div>'
+
+
+FELT = {"everything": (), "the patterns alone": (Preserve("values"),), "the values alone": (Preserve("patterns"),)}
+
+
 # The drawings: functions that return templates, and functions (`…_values`) that fill them.
 
 def patterns(layer: int, n_heads: int, tokens: Sequence[str]) -> str:
@@ -259,6 +291,28 @@ def chart(axes: Axes, title: str, inside: str) -> str:
             f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="#888"/>'
             f'<text x="{(left + right) / 2}" y="{axes.HEIGHT - 6}" text-anchor="middle">{html.escape(axes.x_words)}</text>'
             f'{inside}</svg>')
+
+
+def _millions(last: float) -> list[tuple[float, str]]:
+    """Marks along an axis of sequences seen."""
+    step = 10 ** math.floor(math.log10(last))
+    step = step / 5 if last / step < 2 else step / 2 if last / step < 5 else step
+    unit, letter = (1e6, "M") if last >= 5e5 else (1e3, "k")
+    return [(i * step, f"{i * step / unit:g} {letter}" if i else "0") for i in range(int(last / step) + 1)]
+
+
+def loss_axes(last: float, top: float = 1.8) -> Axes:
+    """The axes of training losses up to `last` sequences."""
+    return Axes((0, last), (0, top), "sequences seen", "training loss (nats)", _millions(last),
+                [(y, short(y)) for y in (0, 0.5, 1.0, 1.5)])
+
+
+def threshold_line(axes: Axes, run: RunConfig) -> str:
+    """The line below which the paper says that the phase change is over."""
+    n_ways = run.task.n_ways
+    y, right = axes.at(0, metrics.threshold(n_ways))[1], axes.at(axes.x[1], 0)[0]
+    return (f'<line x1="{axes.LEFT}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="#888" stroke-dasharray="4 3"/>'
+            f'<text x="{right:.1f}" y="{y - 4:.1f}" text-anchor="end">0.4 ln {n_ways}: phase change</text>')
 
 
 def picture(image: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import math
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence

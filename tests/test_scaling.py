@@ -36,15 +36,22 @@ def a_result(losses, n_pairs=4):
 def test_the_form_of_a_drop():
     found = scaling.form(a_result({0: 2.0, 10: 1.1, 20: 1.1, 30: 1.1, 40: 1.0, 50: 0.6, 60: 0.2, 70: 0.1}))
     assert found == pytest.approx({"time": 55, "plateau": 1.1, "drop": (60 - 45) / 55})
-    stairs = scaling.form(a_result({0: 2.0, 10: 1.0, 20: 0.78, 40: 0.78, 60: 0.5, 80: 0.5, 100: 0.1}))
-    assert stairs["drop"] > 0.7
+    stairs = a_result({0: 2.0, 10: 1.0, 12: 0.79, 40: 0.79, 42: 0.5, 80: 0.5, 82: 0.1})
+    assert scaling.on_stairs(stairs) > 0.9
+    assert scaling.on_stairs(a_result({0: 1.0, 100: 0.0})) == pytest.approx(0.2 / 0.7, abs=0.01)  # a steady fall
+    assert math.isnan(scaling.on_stairs(a_result({0: 1.0, 100: 0.0}, n_pairs=2)))  # no step lies between
     assert all(map(math.isnan, scaling.form(a_result({0: 2.0, 10: 1.0, 20: 1.0})).values()))
 
 
 def test_the_exponent_of_a_power_law():
-    assert scaling.exponent({k: 3 * (2 * k + 1) ** 1.7 for k in (2, 4, 8)}) == pytest.approx(1.7)
-    assert math.isinf(scaling.exponent({2: 10.0, 8: math.nan}))  # never is the slowest
-    assert math.isnan(scaling.exponent({2: 10.0})) and math.isnan(scaling.exponent({2: math.nan, 4: 10.0}))
+    def falls(at, n_pairs):
+        return a_result({0: 1.0, 2 * at: 0.0 if at < 1e9 else 1.0}, n_pairs)  # the threshold is at 0.4, so at 1.2 times `at`
+
+    assert scaling.power(3 * 5 ** 1.7, 3 * 9 ** 1.7, 2, 4) == pytest.approx(1.7)
+    assert scaling.exponent(falls(100, 2), falls(100 * 1.8 ** 2, 4)) == pytest.approx(2)
+    never = a_result({0: 1.0, 512_000: 1.0}, 8)
+    assert math.isinf(scaling.exponent(falls(10_000, 2), never))  # even its whole length is more than a square
+    assert math.isnan(scaling.exponent(falls(100_000, 2), never)) and math.isnan(scaling.exponent(never, falls(10, 4)))
 
 
 def test_where_heads_are_is_found_in_any_depth():

@@ -185,8 +185,8 @@ def test_a_signal_to_a_sweep_in_processes_ends_all_of_them(notebook, tmp_path, n
     started = psutil.Process(sweeping.pid).children(recursive=True)
     assert len(started) >= 4  # two processes and their kernels
     sweeping.send_signal(number)
-    assert sweeping.wait(60) != 0
-    _, alive = psutil.wait_procs(started, timeout=60)
+    assert sweeping.wait(180) != 0  # two kernels end on a machine that others use too
+    _, alive = psutil.wait_procs(started, timeout=120)
     for process in alive:
         process.kill()
     assert not alive

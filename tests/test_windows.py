@@ -17,8 +17,8 @@ SETTINGS = Settings("quick")
 RUN = SETTINGS.run(6e5)
 
 
-def test_a_window_begins_and_ends_at_evaluations():
-    step = RUN.eval_every
+def test_a_window_begins_and_ends_with_a_step():
+    step = RUN.batch_size
     assert windows.snap(RUN, 0, 2.4 * step) == (0, 2 * step) and windows.snap(RUN, 5.6 * step, 1) == (6 * step, 7 * step)
     assert windows.need(1000, 100) == 100 and windows.need(1000, 600) == 250 and windows.need(1000, math.nan) == 250
     assert math.isnan(windows.need(math.nan, 100))
@@ -64,7 +64,7 @@ def test_strengths_are_those_before_the_lesion():
 
 def test_a_lesion_is_a_window_after_the_phase_change():
     found, (begin, end) = windows.lesions(SETTINGS, 4, 1)
-    assert begin < end < SETTINGS.n_sequences and begin % RUN.eval_every == end % RUN.eval_every == 0
+    assert begin < end < SETTINGS.n_sequences and begin % RUN.batch_size == end % RUN.batch_size == 0
     assert found["no previous token"].clamps == (During(BlockPreviousToken([(0, h) for h in range(8)]), begin, end),)
     assert {run.init_seed for run in found.values()} == {SETTINGS.seed + 1}
 
@@ -72,7 +72,9 @@ def test_a_lesion_is_a_window_after_the_phase_change():
 def test_the_toy_model_has_the_same_windows():
     """One draw and window are followed by hand."""
     found = windows.of_toy([1, 4], (0, 0.5), (0.2, 2), n_iterations=600)
-    assert set(found["clamp"]) == set(windows.GIVEN) and len(found) == 2 * 2 * 2 * len(windows.GIVEN)
+    assert set(found["clamp"]) == {*windows.GIVEN, *windows.ALIKE} and len(found) == 2 * 2 * 2 * 4
+    one, other = (found[found["clamp"] == name]["ratio"].tolist() for name in ("layer 1", "copy"))
+    np.testing.assert_array_equal(one, other)
     losses = {name: toy.descend([1], name, n_iterations=600)["relative_loss"] for name in ((), ("a", "b"))}
     never, always = (windows.metrics.crossing(each, windows.TOY_LEVEL) for each in losses.values())
     until = max(1, round(2 * always))
@@ -86,6 +88,7 @@ def test_a_run_that_never_gets_there_is_the_slowest():
     table = pd.DataFrame({"clamp": "match", "start": 0, "length": [1, 1, 1, 2], "ratio": [0.5, math.nan, math.nan, 0.7]})
     found = windows.medians(table)["match"]
     assert math.isinf(found.loc[1, 0]) and found.loc[2, 0] == 0.7
+    assert windows.medians(table.assign(net=0.0))["match"].loc[1, 0] == 0.5  # a network's NaN is one that ended too soon to tell
     picture = pictures.ratio_maps({"network": {"match": found}, "toy model": {"match": found, "copy": found}}, "start", "length")
     assert "network, match: inf at start 0 and length 1, 0.70 at start 0 and length 2" in picture.alt and "toy model, copy" in picture.alt
 

@@ -30,12 +30,16 @@ def test_places_and_agreement():
     assert winners.agreement([1, 1, 2]) == pytest.approx(1 / 3) and winners.agreement([3, 3]) == 1 and math.isnan(winners.agreement([3]))
 
 
-def test_correlations_with_the_other_columns():
-    rising = pd.DataFrame({"a": [1, 2, 3, math.nan], "b": [10, 20, 40, 50], "c": [4, 3, 2, 1]})
-    a, b, c = winners.with_the_others(rising)
-    assert math.isnan(a) and math.isnan(b) and c == -1  # the mean rank of b and c is the same for all rows
-    assert winners.with_the_others(rising[["a", "b"]]) == [1.0, 1.0]  # never is the slowest
-    assert all(map(math.isnan, winners.with_the_others(rising.head(2))))
+def test_being_on_the_same_side_is_kendalls_correlation():
+    times = pd.DataFrame({"a": [1, 2, 3, math.nan], "b": [10, 20, 40, 50], "c": [4, 3, 2, 1]})
+    assert winners.same_side(times[["a", "b"]]) == [1.0] * 4 and winners.same_side(times[["a", "c"]]) == [0.0] * 4  # never is last
+    assert winners.same_side(times) == pytest.approx([1 / 3] * 4)
+    assert all(map(math.isnan, winners.same_side(times[["a"]]) + winners.same_side(times.head(1))))
+    rng = np.random.default_rng(0)
+    two = pd.DataFrame(rng.standard_normal((12, 2)))
+    assert np.mean(winners.same_side(two)) == pytest.approx((1 + two.corr("kendall").iloc[0, 1]) / 2)
+    drawn = [np.mean(winners.same_side(pd.DataFrame(rng.standard_normal((5, 4))))) for _ in range(300)]
+    assert np.mean(drawn) == pytest.approx(0.5, abs=0.03)
 
 
 def test_shares_of_variance_are_those_that_were_put_in():
@@ -48,7 +52,7 @@ def test_shares_of_variance_are_those_that_were_put_in():
     assert winners.variance_shares(only_rows) == {"weights": 1.0, "order": 0.0, "neither": 0.0}
     assert all(math.isnan(share) for share in winners.variance_shares(pd.DataFrame([[1.0, math.nan], [2.0, 3.0]])).values())
     low, high = winners.intervals(pd.DataFrame(rng.standard_normal((8, 8))), 200)["neither"]
-    assert 0 <= low < high <= 1
+    assert 0 <= low < high <= 1 and winners.intervals(pd.DataFrame(rng.standard_normal((5, 5)))) is None
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +84,10 @@ def test_scores_see_what_they_are_named_for(splits):
 
 
 def test_the_best_score_is_chosen_on_other_networks():
-    places = pd.DataFrame({"a": [0.0, 0.9, 0.9], "b": [0.5, 0.1, 0.1]})
-    assert winners.best_elsewhere(places) == [("b", 0.5), ("b", 0.1), ("b", 0.1)]
-    worse = pd.DataFrame({"a": [0.0, 0.0, 0.9], "b": [0.5, 0.5, 0.1]})
-    assert winners.best_elsewhere(worse) == [("b", 0.5), ("b", 0.5), ("a", 0.9)]  # each without itself
+    places = pd.DataFrame({"a": [0.0, 0.5, 0.6], "b": [0.5, 0.2, 0.2]})
+    assert winners.best_elsewhere(places) == [("b", 0.5), ("a", 0.5), ("a", 0.6)]  # each without itself
+    last = pd.DataFrame({"a": [0.9, 1.0, 0.8], "b": [0.5, 0.4, 0.6]})  # a score that is always wrong tells as much as one that is right
+    assert [name for name, _ in winners.best_elsewhere(last)] == ["−a"] * 3 and winners.best_elsewhere(last)[2][1] == pytest.approx(0.2)
     assert math.isnan(winners.best_elsewhere(places.head(1))[0][1])
 
 
@@ -110,6 +114,6 @@ def test_a_head_moves_with_all_that_is_its_own(splits):
 
 def test_who_is_kept_away_may_begin_at_the_time_of_the_phase_change():
     run = SETTINGS.run(winners.LENGTH)
-    away = winners.kept_away(run, 3, 10.4 * run.eval_every)
-    assert away.clamps == (During(Ablate((1, 3)), 0, 10 * run.eval_every),) and away.n_sequences == round(run.n_sequences * 4 / 3)
+    away = winners.kept_away(run, 3, 10.4 * run.batch_size)
+    assert away.clamps == (During(Ablate((1, 3)), 0, 10 * run.batch_size),) and away.n_sequences == round(run.n_sequences * 4 / 3)
     assert ModelConfig() == away.model

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from ihbook import metrics
@@ -15,6 +16,7 @@ from ihbook.engine.results import Result
 from ihbook.task import Batch
 
 N_LABELS = 10  # enough for eight pairs
+SQUARE = (1.5, 2.5)  # exponents that count as a square
 LONGER = {2: 1, 4: 3, 8: 8}  # times as many sequences as with two pairs
 ALONG = {"two pairs": {}, "four pairs": {"n_pairs": 4}, "eight pairs": {"n_pairs": 8}, "three layers": {"n_layers": 3},
          "four layers": {"n_layers": 4}, "MLPs": {"mlp_ratio": 4.0}, "sinusoidal positions": {"positions": "sinusoidal"},
@@ -44,22 +46,36 @@ def over_guess(result: Result) -> pd.DataFrame:
 
 
 def form(result: Result) -> dict[str, float]:
-    """How a run learns: `time` of its phase change, the height of its `plateau` over the loss of a guess, and the share of that
-    time that its `drop` takes, from 0.8 to 0.2 times the loss of a guess. NaN where there is no phase change."""
+    """How a run learns: `time` of its phase change, the height of its `plateau` over the loss of a guess, and how long its `drop`
+    takes, from 0.8 to 0.2 times the loss of a guess, as a share of that time. NaN where there is no phase change."""
     losses = over_guess(result).set_index("sequences")["value"]
     time = experiments.phase_change(result)
     drop = metrics.crossing(losses, 0.2) - metrics.crossing(losses, 0.8)
     return {"time": time, "plateau": metrics.plateau(losses, time)[0], "drop": drop / time}
 
 
-def exponent(times: Mapping[int, float]) -> float:
-    """The exponent of the time in the number of tokens, between the shortest and the longest of contexts (by pairs). Infinite where
-    only the longest is never learnt (NaN); NaN where the shortest is not, or there is one context."""
-    short, long = min(times), max(times)
-    if short == long or math.isnan(times[short]):
-        return math.nan
-    ratio = math.inf if math.isnan(times[long]) else times[long] / times[short]
-    return math.log(ratio) / math.log((2 * long + 1) / (2 * short + 1))
+def on_stairs(result: Result, width: float = 0.05) -> float:
+    """The share of the time from 0.9 to 0.2 times the loss of a guess that the loss spends within `width` of a guess among fewer
+    labels, over that of a guess among all: where a network would wait that rules out one label after the other."""
+    losses, n_ways = over_guess(result).set_index("sequences")["value"], result.run.task.n_ways
+    start, end = metrics.crossing(losses, 0.9), metrics.crossing(losses, 0.2)
+    seen = np.linspace(start, end, 2001)
+    value = np.interp(seen, losses.index, losses)
+    steps = [math.log(m) / math.log(n_ways) for m in range(2, n_ways)]
+    return math.nan if math.isnan(end) or not steps else float(np.mean([np.abs(value - step) < width for step in steps], 1).sum())
+
+
+def exponent(short: Result, long: Result) -> float:
+    """The exponent of the time of the phase change in the number of tokens, between two contexts. Where the longer is never learnt
+    it is infinite if even the length of its run would make it more than a square, and NaN otherwise."""
+    a, b = experiments.phase_change(short), experiments.phase_change(long)
+    found = power(a, long.run.n_sequences if math.isnan(b) else b, short.run.task.n_pairs, long.run.task.n_pairs)
+    return found if not math.isnan(b) else math.inf if found > SQUARE[1] else math.nan
+
+
+def power(short: float, long: float, short_pairs: int, long_pairs: int) -> float:
+    """The exponent between two times, in the number of tokens."""
+    return math.log(long / short) / math.log((2 * long_pairs + 1) / (2 * short_pairs + 1))
 
 
 def where(result: Result, sequences: Batch) -> dict[str, tuple[int, int]]:

@@ -18,7 +18,9 @@ from ihbook.engine.results import Result
 
 Window = tuple[int, int]  # from the first number of sequences seen on, and no longer at the second
 TOY_LEVEL = 0.4  # of the loss of learning nothing: as the threshold of a phase change is of a guess between the labels
-GIVEN = {"layer 1": ("a",), "match": ("a", "b"), "copy": ("c",), "layer 1 and copy": ("a", "c")}  # vectors that stand for a clamp
+GIVEN = {"layer 1": ("a",), "match": ("a", "b")}  # vectors that stand for a clamp
+ALIKE = {"copy": "layer 1", "layer 1 and copy": "match"}  # the toy's vectors are exchangeable: only their number matters
+N_ORDERS = 3  # of the data, under which a network without help is trained: how far times spread by chance
 
 
 def check(starts: Sequence[float], lengths: Sequence[float]) -> None:
@@ -36,9 +38,10 @@ def need(never: float, always: float) -> float:
 
 
 def snap(run: RunConfig, start: float, length: float) -> Window:
-    """The window of about this start and length, in sequences, whose edges are evaluations of the run. It is never empty."""
-    first = round(start / run.eval_every) * run.eval_every
-    return first, first + max(1, round(length / run.eval_every)) * run.eval_every
+    """The window of about this start and length, in sequences, that begins and ends with a step of the run. It is never empty."""
+    step = run.batch_size
+    first = round(start / step) * step
+    return first, first + max(1, round(length / step)) * step
 
 
 def helped(run: RunConfig, clamps: Sequence[Clamp], window: Window) -> RunConfig:
@@ -64,11 +67,14 @@ def time_without_help(result: Result, until: int) -> float:
 @dataclass(frozen=True, eq=False)
 class Help:
     """What windows of help did for the single heads of some networks: the `windows` and their `results`, by (network, clamp,
-    start, length), runs without an end to the help in `unended`, by (network, clamp), and a `table`, one row per window: clamp,
-    start, length, run (the seed), never, from, until, time (of the phase change once the help has ended; NaN: never), ratio (time
-    over never) and loss_after (nats, when the help ends)."""
+    start, length), runs without an end to the help in `unended`, by (network, clamp), runs without help under other orders of the
+    data in `others`, by (network, order), and a `table`, one row per window: clamp, start, length, run (the seed), never, from,
+    until, time (of the phase change once the help has ended), ratio (time over never), net (the same without the help's own time),
+    and loss_after (nats, at the first evaluation without help). A ratio is infinite where the run never gets there, and NaN where
+    it ends too soon to tell: at less than 1.25 times never."""
 
     unended: dict[tuple[int, str], Result]
+    others: dict[tuple[int, int], Result]
     windows: dict[tuple[int, str, float, float], Window]
     results: dict[tuple[int, str, float, float], Result]
     table: pd.DataFrame
@@ -87,24 +93,50 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
     """Train each network's head of Layer 2 in `best` alone, helped in six ways without an end and in windows; `previous` has a head
     of Layer 1 for each. Starts are shares of the time without help, lengths are in units of `need`."""
     networks = list(enumerate(zip(best, previous, strict=True)))
+    alone = {i: experiments.single_head(settings.run(6e5, nth=i), head) for i, (head, _) in networks}
+    others = experiments.fetch_each({(i, k): replace(run, data_seed=run.data_seed + 1000 * k) for i, run in alone.items()
+                                     for k in range(1, N_ORDERS)}, device)
     unended = experiments.fetch_each({(i, name): run for i, (head, pt) in networks
                                       for name, run in experiments.six_runs(settings, head, pt, i).items()}, device)
     asked = {}
     for i, (head, pt) in networks:
         ways = {name: clamps for name, clamps in experiments.six_ways(head, pt).items() if clamps}
         never, *_ = times = [experiments.phase_change(unended[i, name]) for name in ("nothing", *ways)]
-        single = experiments.single_head(settings.run(6e5, nth=i), head)
-        found = grid(single, ways, never, dict(zip(ways, times[1:], strict=True)), starts, lengths)
+        found = grid(alone[i], ways, never, dict(zip(ways, times[1:], strict=True)), starts, lengths)
         asked |= {(i, *key): (run, window, never) for key, (run, window) in found.items()}
     results = experiments.fetch_each({key: run for key, (run, _, _) in asked.items()}, device)
     rows = []
     for (i, name, start, length), (run, (first, until), never) in asked.items():
         result = results[i, name, start, length]
         time = time_without_help(result, until)
-        rows.append((name, start, length, run.init_seed, never, first, until, time, time / never,
-                     experiments.loss_at(result, until)))
-    columns = ["clamp", "start", "length", "run", "never", "from", "until", "time", "ratio", "loss_after"]
-    return Help(unended, {key: window for key, (_, window, _) in asked.items()}, results, pd.DataFrame(rows, columns=columns))
+        losses = experiments.curve(result)
+        after = losses[losses["sequences"] >= until]["value"]
+        ratio = math.inf if math.isnan(time) and run.n_sequences >= 1.25 * never else time / never
+        rows.append((name, start, length, run.init_seed, never, first, until, time, ratio, ratio - (until - first) / never,
+                     after.iloc[0] if len(after) else math.nan))
+    table = pd.DataFrame(rows, columns=["clamp", "start", "length", "run", "never", "from", "until", "time", "ratio", "net",
+                                        "loss_after"])
+    return Help(unended, others, {key: window for key, (_, window, _) in asked.items()}, results, table)
+
+
+def restarted(settings: experiments.Settings, best: Sequence[int], previous: Sequence[int], help: Help, length: float,
+              device: str = "cpu") -> dict[tuple[int, str], float]:
+    """A control: the ratios of help from the start, by (network, clamp), where the optimiser begins anew when the help ends, on
+    sequences in another order. Otherwise Adam remembers the help: it has no second moment of what was clamped, and large ones of
+    all else from the jump of the loss."""
+    first, rest = {}, {}
+    for i, (head, pt) in enumerate(zip(best, previous, strict=True)):
+        run = experiments.single_head(settings.run(6e5, nth=i), head)
+        for name, clamps in experiments.six_ways(head, pt).items():
+            if (i, name, 0, length) in help.windows:
+                until = help.windows[i, name, 0, length][1]
+                first[i, name] = replace(run, clamps=(*run.clamps, *clamps), n_sequences=until)
+                rest[i, name] = replace(run, data_seed=run.data_seed + 1000,
+                                        n_sequences=max(run.batch_size, run.n_sequences - until))
+    taught = experiments.fetch_each(first, device)
+    alone = experiments.fetch_each({key: replace(run, initial=taught[key].weights) for key, run in rest.items()}, device)
+    return {key: (first[key].n_sequences + experiments.phase_change(result)) / help.times["nothing"].iloc[key[0]]
+            for key, result in alone.items()}
 
 
 def lesions(settings: experiments.Settings, head: int, nth: int = 0) -> tuple[dict[str, RunConfig], Window]:
@@ -119,7 +151,8 @@ def lesions(settings: experiments.Settings, head: int, nth: int = 0) -> tuple[di
 
 def of_toy(seeds: Sequence[int], starts: Sequence[float], lengths: Sequence[float], n_iterations: int = 1500) -> pd.DataFrame:
     """The same windows in the toy model, one row per draw, clamp and window: columns clamp, start, length, run (the draw), ratio
-    (the time of the drop over that without help), loss_after (when the help ends, in units of the loss of learning nothing)."""
+    (the time of the drop over that without help), loss_after (when the help ends, in units of the loss of learning nothing). Where
+    clamps give as many vectors they have the same draws (`ALIKE`)."""
     seeds = list(seeds)
 
     def losses(given: Sequence[str], first: Sequence[float] | float, last: Sequence[float] | float, draws: list[int]) -> np.ndarray:
@@ -141,11 +174,12 @@ def of_toy(seeds: Sequence[int], starts: Sequence[float], lengths: Sequence[floa
         rows += [{"clamp": clamp, "start": start, "length": length, "run": seeds[i], "ratio": time / never[i],
                   "loss_after": found[until, column] if until <= n_iterations else math.nan}
                  for column, ((start, length, i, _), until, time) in enumerate(zip(cases, last, times(found, last), strict=True))]
-    return pd.DataFrame(rows, columns=["clamp", "start", "length", "run", "ratio", "loss_after"])
+    found = pd.DataFrame(rows, columns=["clamp", "start", "length", "run", "ratio", "loss_after"])
+    return pd.concat([found, *(found[found["clamp"] == same].assign(clamp=clamp) for clamp, same in ALIKE.items())])
 
 
 def medians(table: pd.DataFrame, column: str = "ratio") -> dict[str, pd.DataFrame]:
-    """The median of a column over runs, by clamp: length × start. A run that never gets there is the slowest."""
-    filled = table.assign(**{column: table[column].fillna(math.inf)})
+    """The median of a column over runs, by clamp: length × start. In a toy's table NaN is a draw that never gets there."""
+    filled = table.assign(**{column: table[column].fillna(math.inf)}) if "net" not in table else table
     return {clamp: rows.pivot_table(index="length", columns="start", values=column, aggfunc="median")
             for clamp, rows in filled.groupby("clamp", sort=False)}

@@ -49,14 +49,18 @@ def agreement(winners: Sequence[int]) -> float:
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else math.nan
 
 
-def with_the_others(times: pd.DataFrame) -> list[float]:
-    """For each column, the rank correlation of its times with the means of the other columns; a run that never gets there is the
-    slowest. NaN where there are fewer than three rows or two columns, or ranks that are all equal."""
-    ranks = times.fillna(math.inf).rank()
-    if times.shape[0] < 3 or times.shape[1] < 2:
-        return [math.nan] * times.shape[1]
-    return [ranks[name].corr(ranks.drop(columns=name).mean(axis=1).rank()) if ranks[name].nunique() > 1 else math.nan
-            for name in times]
+def same_side(times: pd.DataFrame) -> list[float]:
+    """For each row, the share of pairs of columns under which it is on the same side of another row (before it, or after it), mean
+    over the other rows: (1 + Kendall's correlation) / 2 between columns, one number per row. Chance gives 0.5. A run that never
+    gets there is the slowest. NaN where there are fewer than two rows or columns."""
+    table = times.fillna(math.inf).to_numpy(float)
+    columns = list(itertools.combinations(range(table.shape[1]), 2))
+    found = []
+    for row in range(len(table)):
+        before = [table[row] < table[other] for other in range(len(table)) if other != row]
+        shares = [each[a] == each[b] for each in before for a, b in columns]
+        found.append(float(np.mean(shares)) if shares else math.nan)
+    return found
 
 
 def variance_shares(table: pd.DataFrame) -> dict[str, float]:
@@ -74,8 +78,11 @@ def variance_shares(table: pd.DataFrame) -> dict[str, float]:
     return {name: part / total if total else math.nan for name, part in found.items()}
 
 
-def intervals(table: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95% intervals of `variance_shares`, where rows are drawn anew: whole networks, each with its times under all orders."""
+def intervals(table: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> dict[str, tuple[float, float]] | None:
+    """95% intervals of `variance_shares`, where rows are drawn anew: whole networks, each with its times under all orders. None for
+    fewer than six networks, with which an interval says nothing."""
+    if len(table) < 6:
+        return None
     rng = np.random.default_rng(seed)
     drawn = pd.DataFrame([variance_shares(table.iloc[rng.integers(len(table), size=len(table))]) for _ in range(n_resamples)])
     return {name: (drawn[name].quantile(0.025), drawn[name].quantile(0.975)) for name in drawn}
@@ -119,13 +126,14 @@ def scores(weights: Weights, splits: Splits, batch: Batch) -> pd.DataFrame:
 
 
 def best_elsewhere(places: pd.DataFrame) -> list[tuple[str, float]]:
-    """For each network (row), the score (column) with the lowest mean place of the winner on the *other* networks, and its place
-    on this one: a selection that the network has no part in. NaN for a network without others."""
+    """For each network (row), the score (column), or its opposite (−), with the lowest mean place of the winner on the *other*
+    networks, and its place on this one: a selection that the network has no part in. NaN for a network without others."""
+    both = places.join((1 - places).add_prefix("−"))
     found = []
-    for network in places.index:
-        others = places.drop(network).mean()
+    for network in both.index:
+        others = both.drop(network).mean()
         name = "" if others.isna().all() else others.idxmin()
-        found.append((name, places.loc[network, name] if name else math.nan))
+        found.append((name, both.loc[network, name] if name else math.nan))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 
@@ -221,7 +222,7 @@ def ratio_maps(rows: Mapping[str, Mapping[str, pd.DataFrame]], x: str, y: str) -
             axes.imshow(shades, cmap=scale, vmin=-1.5, vmax=1.5, aspect="auto", origin="lower")
             for (i, j), value in np.ndenumerate(found.to_numpy(float)):
                 axes.text(j, i, "∞" if np.isinf(value) else f"{value:.2f}", ha="center", va="center", fontsize=8.5, color=INK)
-            axes.set(xticks=range(found.shape[1]), yticks=range(found.shape[0]), title=name)
+            axes.set(xticks=range(found.shape[1]), yticks=range(found.shape[0]), title=textwrap.fill(name, 13))
             axes.set_xticklabels([f"{at:g}" for at in found.columns])
             axes.set_yticklabels([f"{at:g}" for at in found.index])
             axes.tick_params(length=0, labelsize=8.5)

@@ -338,6 +338,8 @@ def test_the_static_scrubber_moves(browser, site, width):
     assert first != before and panel.locator("output").inner_text() == "0" != words
     page.keyboard.press("ArrowRight")
     assert view.inner_html() != first
+    tiles = page.evaluate("[...document.querySelectorAll('.ih-tokens img')].map(image => image.getBoundingClientRect().width)")
+    assert tiles and max(tiles) < 70 and max(tiles) > 50  # figures of a page grow on a phone, tiles of characters do not
     header = panel.locator(".ih-view").first.inner_html()
     panel.locator("select").select_option("4")
     assert panel.locator(".ih-view").first.inner_html() != header

@@ -55,6 +55,12 @@ def test_a_low_loss_counts_only_without_help():
     assert math.isnan(windows.time_without_help(helped, 3200))
 
 
+def test_the_loss_when_help_ends_is_the_first_without_it():
+    helped = a_result({0: 1.6, 640: 0.1, 1280: 0.8})
+    assert experiments.loss_from(helped, 650) == 0.8 and experiments.loss_from(helped, 640) == 0.1
+    assert math.isnan(experiments.loss_from(helped, 1281)) and experiments.loss_at(helped, 960) == pytest.approx(0.45)
+
+
 def test_strengths_are_those_before_the_lesion():
     heads = pd.DataFrame([(n, layer, h, n * (h + 1)) for n in (0, 640, 1280) for layer in (0, 1) for h in (0, 1)],
                          columns=["sequences", "layer", "head", "strength"])

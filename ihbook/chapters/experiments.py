@@ -300,6 +300,13 @@ def loss_at(result: Result, sequences: float) -> float:
     return float(np.interp(sequences, rows["sequences"], rows["value"], right=math.nan))
 
 
+def loss_from(result: Result, sequences: float) -> float:
+    """The loss (nats) on the set `train` at the first evaluation from that many sequences on, such as when a window ends; NaN after
+    the run's end."""
+    rows = curve(result)
+    return float(rows[rows["sequences"] >= sequences]["value"].iloc[0]) if sequences <= rows["sequences"].max() else math.nan
+
+
 def repeats(batch: Batch) -> Tensor:
     """Whether each query is the very exemplar of one of its context, bool `[run, batch]` (chapter 1)."""
     return (batch.ids[:, :, :-1] == batch.ids[:, :, -1:]).any(2)

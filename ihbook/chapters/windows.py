@@ -109,11 +109,9 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
     for (i, name, start, length), (run, (first, until), never) in asked.items():
         result = results[i, name, start, length]
         time = time_without_help(result, until)
-        losses = experiments.curve(result)
-        after = losses[losses["sequences"] >= until]["value"]
         ratio = math.inf if math.isnan(time) and run.n_sequences >= 1.25 * never else time / never
         rows.append((name, start, length, run.init_seed, never, first, until, time, ratio, ratio - (until - first) / never,
-                     after.iloc[0] if len(after) else math.nan))
+                     experiments.loss_from(result, until)))
     table = pd.DataFrame(rows, columns=["clamp", "start", "length", "run", "never", "from", "until", "time", "ratio", "net",
                                         "loss_after"])
     return Help(unended, others, {key: window for key, (_, window, _) in asked.items()}, results, table)

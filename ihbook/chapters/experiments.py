@@ -294,6 +294,13 @@ def curve(result: Result, eval_set: str = "train", metric: str = "loss", **colum
     return rows[["sequences", "value"]].assign(run=result.run.init_seed, **columns)
 
 
+def progress(result: Result, batch: Batch, clamps: Sequence[Any], **columns: Any) -> pd.DataFrame:
+    """The losses (nats) of a run's checkpoints on a batch under `clamps`, as `curve`: a progress measure (Figure 10)."""
+    seen = sorted(result.checkpoints)
+    losses = metrics.measure([result.checkpoints[n] for n in seen], batch, [clamps])["loss"]
+    return pd.DataFrame({"sequences": seen, "value": losses.tolist()}).assign(run=result.run.init_seed, **columns)
+
+
 def loss_at(result: Result, sequences: float) -> float:
     """The loss (nats) on the set `train` at that many sequences seen, interpolated linearly; NaN after the run's end."""
     rows = curve(result)

@@ -419,9 +419,9 @@ def test_calls_with_and_without_heads_off_share_a_program(small_bank, tmp_path):
 
 
 def test_processes_have_equal_shares_and_each_compiles_a_program_once(small_bank, monkeypatch):
-    def made(*steps_and_programs):
-        return [planning.Block(prepare([replace(RUN, n_sequences=32 * n, lr=lr)], small_bank), [i], True)
-                for i, (n, lr) in enumerate(steps_and_programs)]
+    def made(*steps_and_programs, n_pairs=2):
+        return [planning.Block(prepare([replace(RUN, n_sequences=32 * n, lr=lr, task=replace(RUN.task, n_pairs=n_pairs))],
+                                       small_bank), [i], True) for i, (n, lr) in enumerate(steps_and_programs)]
 
     monkeypatch.setattr(planning, "COMPILING", 100)
     assert planning.shares(made(*[(10, 1e-3)] * 4), 2) == [[0, 1], [2, 3]]
@@ -429,6 +429,8 @@ def test_processes_have_equal_shares_and_each_compiles_a_program_once(small_bank
     assert planning.shares(made((500, 1e-3), (10, 1e-3), (10, 2e-3)), 2) == [[0], [1, 2]]
     assert planning.shares(made((10, 1e-3)), 2) == [[0]]
     assert planning.shares(made(*[(10, 1e-3)] * 5), 3) == [[0, 1], [2, 3], [4]]
+    mixed = [*made((1000, 1e-3), n_pairs=4), *made(*[(1000, 1e-3)] * 3)]  # a step on nine tokens costs 1.8 steps on five
+    assert planning.shares(mixed, 2) == [[0, 1], [2, 3]] and mixed[0].work == 1800
 
 
 @pytest.mark.slow

@@ -35,6 +35,12 @@ class Block:
         return sum(prepared.run.n_steps for prepared in self.family)
 
     @property
+    def work(self) -> int:
+        """The cost of training the block, in run-steps of the paper's network: a step's cost grows with tokens and layers."""
+        run = self.family[0].run
+        return round(self.run_steps * (2 * run.task.n_pairs + 1) / 5 * run.model.n_layers / 2)
+
+    @property
     def program_key(self) -> tuple | None:
         """Blocks with the same key use one compiled program; None where nothing is compiled."""
         return (self.family[0].family_key, *self.family[0].compile_key) if self.compile else None
@@ -129,19 +135,19 @@ def n_processes(blocks: Sequence[Block], device: str | torch.device) -> int:
 
 def shares(blocks: Sequence[Block], n: int) -> list[list[int]]:
     """Split the indices of `blocks` into at most `n` shares of neighbours, so that the longest share is as short as possible. A
-    share's length counts the run-steps of its blocks, and `COMPILING` once for each compiled program that it needs."""
+    share's length counts the work of its blocks, and `COMPILING` once for each compiled program that it needs."""
 
     def stretches(limit: int) -> list[list[int]]:
         found, work, keys = [[]], 0, set()
         for i, block in enumerate(blocks):
-            cost = block.run_steps + COMPILING * (block.program_key not in {None, *keys})
+            cost = block.work + COMPILING * (block.program_key not in {None, *keys})
             if found[-1] and work + cost > limit:
                 found.append([])
-                work, keys, cost = 0, set(), block.run_steps + COMPILING * block.compile
+                work, keys, cost = 0, set(), block.work + COMPILING * block.compile
             found[-1].append(i)
             work += cost
             keys.add(block.program_key)
         return found
 
-    longest = sum(block.run_steps + COMPILING for block in blocks)
+    longest = sum(block.work + COMPILING for block in blocks)
     return stretches(bisect_left(range(longest), True, key=lambda limit: len(stretches(limit)) <= n))

@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ihbook import engine
-from ihbook.chapters import kernel, plots
+from ihbook.chapters import kernel, verdict_pictures
 from ihbook.chapters.claims import CLAIMS
 from ihbook.engine import cluster
 from ihbook.files import writing
@@ -256,7 +256,7 @@ def execute(source: str, parameters: Mapping[str, Any]) -> Outcome:
 
 def _page(name: str, every: Sequence[Point], failed: Mapping[Point, str], table: pd.DataFrame, varied: Sequence[str]) -> str:
     """The sweep as one HTML page: small multiples, then every point with its notebook."""
-    figure = plots.sweep(table, varied, CLAIMS)._repr_html_() if table["value"].notna().any() else ""
+    figure = verdict_pictures.sweep(table, varied, CLAIMS)._repr_html_() if table["value"].notna().any() else ""
     finished = {point for point in every if point.numbers() is not None}
     rows = ""
     for point in every:

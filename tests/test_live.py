@@ -302,6 +302,41 @@ def test_pause_step_continue_and_a_checkpoint_with_other_labels(page, site):
     assert panel.get_by_text("label 14").count() == 0
 
 
+def test_a_network_that_the_reader_trained_is_operated_on_and_trained_further(page, splits):
+    """What the other panel measures of it is what PyTorch measures of the network that PyTorch trained as far."""
+    panel, other = what_if(page, "nothing", heads="all 8", seed="5", inside="nothing"), page.locator(".ih-operate")
+    operate = panel.get_by_role("button", name="Operate on it")
+    assert operate.is_disabled()
+    panel.get_by_role("button", name="Train", exact=True).click()
+    page.evaluate("""() => new Promise((done) => {  // as soon as one can: PyTorch trains as far below
+      const pause = document.querySelector(".ih-what-if [data-do=pause]");
+      const soon = setInterval(() => { if (!pause.disabled) { pause.click(); clearInterval(soon); done(); } }, 5);
+    })""")
+    panel.get_by_text("No loss has fallen yet").wait_for()
+    page.wait_for_timeout(300)
+    seen = number(rows(panel)["nothing"][0])
+    operate.click()
+    page.wait_for_function("() => document.querySelector('.ih-operate [name=network]').value.startsWith('yours')")
+    other.locator('[name="Layer 1"]').nth(5).uncheck()
+    page.wait_for_timeout(300)
+    page.wait_for_function("() => !document.querySelector('.ih-operate').ariaBusy")
+    shown = [float(text) for text in other.locator(".ih-bars .ih-value").all_text_contents()[:2]]
+    assert other.locator('[name="network"]').input_value() == f"yours: nothing, seed 5, {seen:,} sequences"
+
+    assert 32 <= seen <= 8192
+    batch = task.training_batch(splits, 5, 0, 8192).split(seen)[0]
+    _, params = trained_in_pytorch(initial_weights(ModelConfig(), 512, 5, 5), batch, [()], torch.float32)
+    network = replace(initial_weights(ModelConfig(), 512, 5, 5), tensors={name: p[0] for name, p in params.items()})
+    measured = metrics.measure(network, task.sample(splits, 2000, task.seeded("explore", 0)), [[Ablate((0, 5))]])
+    assert shown == pytest.approx([measured["accuracy"].item(), measured["loss"].item()], abs=2e-3)
+
+    panel.locator('[name="start"]').select_option(f"yours: nothing, seed 5, {seen:,} sequences")
+    panel.get_by_role("button", name="Train", exact=True).click()
+    page.wait_for_function("() => document.querySelectorAll('.ih-curves td')[1]?.textContent < '1'")  # it goes on from there
+    panel.locator('[name="labels"]').wait_for(state="attached")
+    assert panel.locator('[name="labels"]').is_disabled() and operate.is_enabled()
+
+
 def draw(page, canvas, points):
     box = canvas.bounding_box()
     places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]

@@ -9,6 +9,7 @@
   const SHOWN = { "hand 0": { of: 0 }, "hand 1": { of: 1 }, "same 0": { of: 0, itself: true }, "same 1": { of: 1, itself: true },
     "yours 0": { of: 0 }, "yours 1": { of: 1 } }; // what a choice of query shows: of which exemplar, and whether that very image
   const drawn = [null, null, null]; // what the reader drew, by slot
+  const yours = new Map(); // networks that the reader trained on this page, by words
   let images, shared, operator, busy = false, wanted = false;
 
   const image = (index) => images.subarray(784 * index, 784 * (index + 1)), choice = (slot) => one(`select[data-slot="${slot}"]`);
@@ -111,12 +112,21 @@
   });
   panel.addEventListener("input", ({ target }) => {
     const { slot } = target.dataset;
-    if (target.name === "network") operator?.postMessage({ do: "weights", weights: shared.networks[target.value] });
+    if (target.name === "network") operator?.postMessage({ do: "weights", weights: chosen() });
     if (slot) drawn[slot] = target.value.startsWith("yours") ? drawn[slot] ?? new Uint8Array(784) : null;
     paint();
     ask();
   });
   one(".ih-works").addEventListener("submit", (event) => event.preventDefault());
+
+  const chosen = () => yours.get(field("network").value) ?? shared.networks[field("network").value];
+  document.addEventListener("ih-network", ({ detail: { words, weights } }) => {
+    if (!yours.has(words)) field("network").add(new Option(words));
+    yours.set(words, weights);
+    field("network").value = words;
+    field("network").dispatchEvent(new Event("input", { bubbles: true }));
+    field("network").focus();
+  });
 
   function begin() {
     shared = sharedData();
@@ -124,7 +134,7 @@
     operator.onmessage = ({ data: answer }) => told(answer);
     operator.onerror = (event) => fail(event.message);
     operator.postMessage({ do: "operateOn", shapes: shared.shapes[shared.nLabels], bank: shared.bank, encoder: data.encoder,
-      scale: data.scale, weights: shared.networks[field("network").value],
+      scale: data.scale, weights: chosen(),
       task: { nClasses: shared.nClasses, sets: shared.sets[shared.nLabels] } });
     busy = false;
     ask();

@@ -7,7 +7,8 @@
   showWorking(panel);
   const data = JSON.parse(one(".ih-data").textContent), shared = sharedData(), script = workerScript();
   const field = (name) => one(`[name="${name}"]`), doing = (name) => one(`[data-do="${name}"]`);
-  let networks = [], ways = {}, pace = data.paces[0], waiting = false;
+  const yours = new Map(); // networks that the reader kept, by words
+  let networks = [], ways = {}, pace = data.paces[0], waiting = false, nLabels = 0;
 
   const say = (words) => { one(".ih-said").textContent = words; }, fail = (words) => say(`Training failed: ${words}`);
   const number = (n) => n.toLocaleString("en");
@@ -17,16 +18,17 @@
     const names = [...panel.querySelectorAll('[name="clamp"]:checked')].map((box) => box.value), start = field("start").value;
     if (!names.length) return say("Choose one or more clamps first.");
     if (!field("seed").checkValidity() || field("seed").value === "") return say("A seed is a whole number from 0 to 9,999.");
-    const seed = Number(field("seed").value), nLabels = start ? shared.nLabels : Number(field("labels").value);
+    const seed = Number(field("seed").value), weights = yours.get(start) ?? shared.networks[start];
+    nLabels = start ? shared.nLabels : Number(field("labels").value);
     const cores = Math.max(1, (navigator.hardwareConcurrency || 2) - 1), rest = Math.max(0, names.length / cores - 1);
     pace = data.paces[field("pace").value];
     ways = data.ways[field("heads").value];
     const task = { nClasses: shared.nClasses, sets: shared.sets[nLabels], seed, lr: pace.lr, steps: pace.last / 32, rest };
     networks = names.map((name) => {
-      const network = { name, worker: worker(script), points: [], windows: [], seen: 0, running: true, fell: null };
+      const network = { name, seed, worker: worker(script), points: [], windows: [], seen: 0, running: true, fell: null };
       network.worker.onmessage = ({ data: report }) => told(network, report);
       network.worker.onerror = (event) => fail(event.message);
-      send(network, { do: "begin", task, shapes: shared.shapes[nLabels], weights: shared.networks[start], bank: shared.bank,
+      send(network, { do: "begin", task, shapes: shared.shapes[nLabels], weights, bank: shared.bank,
         shown: shared.shown, clamps: ways[name === data.held ? "nothing" : name] });
       return network;
     });
@@ -43,6 +45,7 @@
 
   function told(network, report) {
     if (report.error) return fail(report.error);
+    if (report.weights) return handOver(network, report);
     network.points.push(...report.points);
     const { seen, running, patterns = network.patterns, logits = network.logits } = report;
     Object.assign(network, { seen, running, patterns, logits });
@@ -78,6 +81,7 @@
     doing("pause").disabled = !going;
     doing("step").disabled = doing("continue").disabled = going || done;
     doing("reset").disabled = !networks.length;
+    doing("operate").disabled = !networks.length || nLabels !== shared.nLabels;
     one(".ih-chart-view").innerHTML = filled(pace.chart, [networks.map(curve).join("")]);
     one(".ih-curves").innerHTML = networks.length ? table() : "";
     inside();
@@ -125,6 +129,14 @@
     later();
   }
 
+  /** Give a network that the reader trained to the panel that operates, and to the choice of where training starts. */
+  function handOver({ name, seed }, { seen, weights }) {
+    const words = `yours: ${name}, seed ${seed}, ${number(seen)} sequences`;
+    if (!yours.has(words)) field("start").add(new Option(words));
+    yours.set(words, weights);
+    document.dispatchEvent(new CustomEvent("ih-network", { detail: { words, weights } }));
+  }
+
   function reset() {
     networks.forEach(({ worker }) => worker.terminate());
     networks = [];
@@ -143,6 +155,7 @@
   }
 
   const click = { train: begin, reset, pause: () => all({ do: "pause" }), step: () => all({ do: "train", steps: 1 }),
+    operate: () => send(networks.find(({ name }) => name === field("inside").value), { do: "hand" }),
     continue: () => { say("Training …"); all({ do: "train" }); } };
   panel.addEventListener("click", ({ target }) => click[target.dataset?.do]?.());
   doing("hold").addEventListener("pointerdown", (event) => { event.target.setPointerCapture(event.pointerId); hold(true); });
@@ -158,5 +171,6 @@
   for (const name of ["inside", "sequence"]) field(name).addEventListener("input", look);
   panel.querySelectorAll("form").forEach((form) => form.addEventListener("submit", (event) => event.preventDefault()));
   addEventListener("pagehide", reset);
+  doing("operate").hidden = !document.querySelector(".ih-operate");
   draw();
 })();

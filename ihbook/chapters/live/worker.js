@@ -11,8 +11,9 @@ function fromHalf(bits) {
   return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -24 * fraction);
 }
 
-/** Fill a network with a checkpoint's weights. */
+/** Fill a network with weights: a page's checkpoint, or those that another worker handed over. */
 async function adopt(net, weights) {
+  if (weights instanceof Float32Array) return net.flat.params.set(weights);
   const bytes = new Uint8Array(await unpacked(weights)), n = bytes.length / 2;
   net.flat.params.set(Float32Array.from({ length: n }, (_, i) => fromHalf(bytes[i] | (bytes[n + i] << 8))));
 }
@@ -105,6 +106,8 @@ const DO = {
   },
   pause() { until = net.steps; report(); },
   look({ sequence }) { looking = sequence; report(); },
+  /** Hand over the weights as they are now. */
+  hand() { postMessage({ seen: 32 * net.steps, weights: net.flat.params.slice() }); },
 
   /** Get ready to operate on a network. */
   async operateOn(message) {

@@ -23,7 +23,18 @@ def test_a_variant_changes_one_property_and_the_length_that_it_needs():
     assert scaling.variant(Settings("paper", n_sequences=100_000), {}).n_sequences == 6_400
     for changed in scaling.ALONG.values():
         task.split(load_bank(PAPER.run().bank), scaling.variant(PAPER, changed).task)  # is possible
-    assert len(scaling.crossed([2, 4], [2, 3], [0, 4])) == 8 and "4 pairs, 3 layers, MLPs × 4" in scaling.crossed([4], [3], [4])
+    assert len(scaling.CROSSED) == 18 and scaling.CROSSED["8 pairs, 3 layers, MLPs"] == {"n_pairs": 8, "n_layers": 3, "mlp_ratio": 4.0}
+
+
+def test_the_recorded_table_is_shown_by_pairs_and_depth():
+    rows = [(f"{k} pairs, {d} layers", seed, math.nan if k == 8 else 100 * (2 * k + 1) ** 2 + seed, 1.1, 50.0)
+            for k in (2, 4, 8) for d in (2, 3) for seed in (0, 1)]
+    table = pd.DataFrame(rows, columns=["network", "seed", "time", "plateau", "matched"])
+    shown = scaling.crossed(table)
+    assert list(shown) == ["2 layers", "3 layers"] and list(shown.index) == ["2 pairs", "4 pairs", "8 pairs"]
+    assert shown.loc["2 pairs", "2 layers"] == "2,500 / 50" and shown.loc["8 pairs", "3 layers"] == "never / 50"
+    said = " ".join(scaling.said_of_crossed(table))
+    assert "With 8 pairs, 0% of" in said and "power of 2.0 to 2.0" in said and "0.6% to 2.0% of the wait" in said
 
 
 def a_result(losses, n_pairs=4):

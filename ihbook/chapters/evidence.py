@@ -28,7 +28,7 @@ from ihbook.engine.store import Store, default_root
 from ihbook.files import writing
 
 FORM = 1  # of the files, as claims.schema.json describes it
-COMPARE_SEEDS = ("10_seeds",)  # chapters whose claims compare networks, so that one notebook has all seeds; others have one each
+COMPARE_SEEDS = ("10_seeds", "12_who_wins")  # their claims compare networks, so that one notebook has all; others have one each
 RECORDED = ("glyphs", "glyphs-random", "omniglot", "omniglot-random", "gaussian", "authors")  # columns, in the page's order
 
 
@@ -160,7 +160,7 @@ def as_json(column: Column) -> dict[str, Any]:
 def hand_over(verdicts: Sequence[Verdict], settings: Settings | None = None) -> None:
     """Hand a chapter's numbers to the sweep that runs it, which adds a last cell with this call to the chapter. With `settings`,
     they are handed over as a column too."""
-    rows = [{"claim": verdict.key, "nth": i, "value": _plain(value), "verdict": verdict.word}
+    rows = [{"claim": verdict.key, "nth": i, "value": plain(value), "verdict": verdict.word}
             for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]
     column = None
     if settings is not None:
@@ -174,19 +174,20 @@ def _row(verdict: Verdict) -> dict[str, Any]:
     return {
         "key": claim.key, "chapter": claim.chapter, "figure": claim.figure, "claim": claim.sentence, "published": claim.published,
         "source": claim.source, "published_value": claim.published_value, "measure": claim.measure,
-        "low": _plain(claim.low), "high": _plain(claim.high), "direction_low": _plain(claim.direction_low),
-        "direction_high": _plain(claim.direction_high), "why": claim.why, "bounds": list(claim.bounds), "check": claim.check,
+        "low": plain(claim.low), "high": plain(claim.high), "direction_low": plain(claim.direction_low),
+        "direction_high": plain(claim.direction_high), "why": claim.why, "bounds": list(claim.bounds), "check": claim.check,
         "refuted_by": claim.refuted_by,
-        "values": [{"seed": seed, "value": _plain(value)} for seed, value in zip(seeds, verdict.values, strict=True)],
-        "n": verdict.n, "median": _plain(verdict.median) if verdict.known else None,
-        "interval": verdict.interval and list(map(_plain, verdict.interval)),
-        "prediction": verdict.prediction and list(map(_plain, verdict.prediction)),
+        "values": [{"seed": seed, "value": plain(value)} for seed, value in zip(seeds, verdict.values, strict=True)],
+        "n": verdict.n, "median": plain(verdict.median) if verdict.known else None,
+        "interval": verdict.interval and list(map(plain, verdict.interval)),
+        "prediction": verdict.prediction and list(map(plain, verdict.prediction)),
         "published_inside": verdict.published_inside, "verdict": verdict.word,
     }
 
 
-def _plain(x: float) -> float | str:
-    return x if math.isfinite(x) else str(x)
+def plain(x: float | str) -> float | str:
+    """The number as JSON can write it; a word is left as it is."""
+    return x if isinstance(x, str) or math.isfinite(x) else str(x)
 
 
 def write(column: Column, path: str | Path) -> None:

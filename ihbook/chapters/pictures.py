@@ -206,6 +206,19 @@ def wiring(grids: Mapping[str, torch.Tensor], rows: Sequence[str], columns: Sequ
 
 
 @in_style
+def heat_map(table: pd.DataFrame, words: str, x: str, y: str) -> Picture:
+    """A heat map of `words` with its numbers, NaN left empty; its index is along `y`, its columns along `x` (chapter 12)."""
+    figure = Picture(figsize=(1.6 + 0.62 * table.shape[1], 0.9 + 0.34 * len(table)))
+    sns.heatmap(table, ax=figure.subplots(), cmap="crest", annot=True, fmt=",.0f", annot_kws={"size": 9}, cbar_kws={"label": words},
+                linewidths=1)
+    figure.axes[0].set(xlabel=x, ylabel=y)
+    figure.axes[0].tick_params(length=0, rotation=0)
+    figure.alt = f"Heat map of {words}: " + "; ".join(
+        f"{y} {name}: {row.min():,.0f} to {row.max():,.0f}" for name, row in table.iterrows()) + "."
+    return figure
+
+
+@in_style
 def ratio_maps(rows: Mapping[str, Mapping[str, pd.DataFrame]], x: str, y: str) -> Picture:
     """Heat maps of ratios, one row of maps per entry of `rows`, one map per name: blue below 1, orange above, each with its number
     (∞: never). Frames have what is along `y` as index and along `x` as columns; what a row lacks stays empty (chapter 11)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -16,11 +16,16 @@ from ihbook.engine.results import Result
 from ihbook.task import Batch
 
 N_LABELS = 10  # enough for eight pairs
+GIVEN = 0.25  # of the length of a run with nothing given: with a part given, one that learns learns soon
 SQUARE = (1.5, 2.5)  # exponents that count as a square
 LONGER = {2: 1, 4: 3, 8: 8}  # times as many sequences as with two pairs
 ALONG = {"two pairs": {}, "four pairs": {"n_pairs": 4}, "eight pairs": {"n_pairs": 8}, "three layers": {"n_layers": 3},
          "four layers": {"n_layers": 4}, "MLPs": {"mlp_ratio": 4.0}, "sinusoidal positions": {"positions": "sinusoidal"},
          "learned positions": {"positions": "learned"}}  # one property at a time
+
+
+CROSSED = {f"{k} pairs, {d} layers" + ", MLPs" * bool(m): {"n_pairs": k, "n_layers": d, "mlp_ratio": float(m)}
+           for k in (2, 4, 8) for d in (2, 3, 4) for m in (0, 4)}  # every combination, for the recorded table
 
 
 def variant(settings: Settings, changed: Mapping[str, object]) -> Settings:
@@ -33,10 +38,35 @@ def variant(settings: Settings, changed: Mapping[str, object]) -> Settings:
     return replace(settings, profile="quick", n_labels=N_LABELS, n_sequences=length, **changed)
 
 
-def crossed(n_pairs: Sequence[int], n_layers: Sequence[int], mlp_ratios: Sequence[float]) -> dict[str, dict[str, object]]:
-    """Every combination, by a name: what `ALONG` has along one property at a time (for the recorded grid)."""
-    return {f"{k} pairs, {d} layers" + f", MLPs × {m:g}" * bool(m): {"n_pairs": k, "n_layers": d, "mlp_ratio": float(m)}
-            for k in n_pairs for d in n_layers for m in mlp_ratios}
+def crossed(table: pd.DataFrame) -> pd.DataFrame:
+    """The recorded table of `CROSSED` (columns network, time, matched, …) as pairs × layers and MLPs: medians of the times of the
+    phase change with nothing clamped, and with a perfect match."""
+    medians = table.fillna({"time": math.inf, "matched": math.inf}).groupby("network")[["time", "matched"]].median()
+    found: dict[str, dict[str, str]] = {}
+    for name, changed in CROSSED.items():
+        if name in medians.index:
+            kind = f"{changed['n_layers']} layers" + ", MLPs" * bool(changed["mlp_ratio"])
+            found.setdefault(kind, {})[f"{changed['n_pairs']} pairs"] = " / ".join(
+                "never" if math.isinf(time) else f"{time:,.0f}" for time in medians.loc[name])
+    return pd.DataFrame(found)
+
+
+def said_of_crossed(table: pd.DataFrame) -> list[str]:
+    """What the recorded table of `CROSSED` says, in sentences."""
+    n_pairs = pd.Series([CROSSED[name]["n_pairs"] for name in table["network"]], table.index)
+    said = [f"With {n} pairs, {share:.0%} of the networks have a phase change in the length of their runs."
+            for n, share in table["time"].notna().groupby(n_pairs).mean().items()]
+    learnt = table[table["time"].notna()]
+    left, low, high = learnt["matched"] / learnt["time"], learnt["plateau"].min(), learnt["plateau"].max()
+    said.append(f"Where there is one, its plateau lies at {low:.2f} to {high:.2f} times the loss of a guess, and a perfect match "
+                f"leaves {left.min():.1%} to {left.max():.1%} of the wait.")
+    kinds = learnt.groupby("network")["time"].median()
+    powers = [power(time, kinds[longer], 2, 4) for name, time in kinds.items() if name.startswith("2 pairs")
+              and (longer := name.replace("2 pairs", "4 pairs")) in kinds.index]
+    if powers:
+        said.append(f"From two pairs to four the time grows with the number of tokens to the power of {min(powers):.1f} to "
+                    f"{max(powers):.1f}, by kind of network.")
+    return said
 
 
 def over_guess(result: Result) -> pd.DataFrame:

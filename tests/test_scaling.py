@@ -23,7 +23,8 @@ def test_a_variant_changes_one_property_and_the_length_that_it_needs():
     assert scaling.variant(Settings("paper", n_sequences=100_000), {}).n_sequences == 6_400
     for changed in scaling.ALONG.values():
         task.split(load_bank(PAPER.run().bank), scaling.variant(PAPER, changed).task)  # is possible
-    assert len(scaling.CROSSED) == 18 and scaling.CROSSED["8 pairs, 3 layers, MLPs"] == {"n_pairs": 8, "n_layers": 3, "mlp_ratio": 4.0}
+    assert len(scaling.CROSSED) == 19 and scaling.variant(PAPER, scaling.CROSSED["4 pairs, 2 layers, 20 labels"]).n_labels == 20
+    assert scaling.CROSSED["8 pairs, 3 layers, MLPs"] == {"n_pairs": 8, "n_layers": 3, "mlp_ratio": 4.0}
 
 
 def test_the_recorded_table_is_shown_by_pairs_and_depth():

@@ -7,14 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ihbook import toy
+from ihbook import model, task, toy
+from ihbook.banks import load_bank
 from ihbook.chapters import experiments, pictures, windows
 from ihbook.chapters.experiments import Settings, single_head, six_ways
-from ihbook.clamps import BlockPreviousToken, During, Induction
+from ihbook.clamps import Ablate, BlockPreviousToken, During, Induction, LabelAttentionOnly
 from ihbook.engine.results import Result
 
 SETTINGS = Settings("quick")
 RUN = SETTINGS.run(6e5)
+WEIGHTS = model.initial_weights(RUN.model, 512, RUN.task.n_labels, 0)
 
 
 def test_a_window_begins_and_ends_with_a_step():
@@ -102,3 +104,52 @@ def test_a_run_that_never_gets_there_is_the_slowest():
 def test_help_that_never_ends_is_no_window():
     with pytest.raises(ValueError, match="no window"):
         windows.helped(replace(RUN, clamps=()), [Induction((1, 0))], (640, 640))
+
+
+def test_where_a_head_looks_adds_up():
+    """A head whose scores are all alike looks at every token alike; the right exemplar is one of two."""
+    splits = task.split(load_bank(RUN.bank), RUN.task)
+    batch = task.sample(splits, 60, task.seeded("looks", 0))
+    weights = model.initial_weights(RUN.model, splits.features.shape[1], RUN.task.n_labels, 3)
+    found = windows.looks(weights, 2, batch)
+    assert sum(found.values()) == pytest.approx(1) and min(found.values()) > 0.05
+    blind = {name: tensor * (0 if name == "layers.1.attn.qkv.weight" else 1) for name, tensor in weights.tensors.items()}
+    found = windows.looks(replace(weights, tensors=blind), 2, batch)
+    assert found == pytest.approx({"labels": 0.4, "right exemplar": 0.2, "other exemplars": 0.2, "itself": 0.2})
+
+
+def test_the_controls_differ_from_the_help_in_one_thing():
+    """Help that ends at 1,280 of 9,600 sequences; its results are made up, and the runs that are asked for are looked at."""
+    asked = {}
+
+    def fetched(runs, device):
+        asked.update(runs)
+        return {key: falling(run, 12_800) for key, run in runs.items()}
+
+    def falling(run, at):
+        losses = {n: 1.0 if n < at else 0.1 for n in range(0, run.n_sequences + 1, 640)}
+        return replace(a_result(losses), run=run, checkpoints={640: WEIGHTS, 1280: WEIGHTS})
+
+    alone = single_head(RUN, 2)
+    ways = six_ways(2, 3)
+    window = (0, 1_280)
+    help = windows.Help(
+        {(0, "nothing"): falling(alone, 9_600)}, {}, {(0, name, 0, 2): window for name in ("layer 1", windows.SLOWEST, "copy")},
+        {(0, name, 0, 2): falling(windows.helped(alone, ways[name], window), 12_800) for name in ("layer 1", windows.SLOWEST, "copy")},
+        pd.DataFrame([("layer 1", 0, 2, RUN.init_seed, 1.5)], columns=["clamp", "start", "length", "run", "ratio"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiments, "fetch_each", fetched)
+        found = windows.controls(SETTINGS, [2], help, 2)
+    assert len(asked) == 2 + 5 and set(found["clamp"]) == {"layer 1", windows.SLOWEST}  # and no copy
+    as_it_is, anew, off, looking = windows.CONTROLS
+    [helped_run, never] = (asked[windows.SLOWEST, what, looking, 0] for what in ("helped", "never helped"))
+    assert helped_run.clamps[-1] == never.clamps[-1] == During(LabelAttentionOnly((1, 2)), 1_280)
+    assert helped_run.clamps[1:-1] == tuple(During(clamp, *window) for clamp in ways[windows.SLOWEST]) and len(never.clamps) == 2
+    assert asked[windows.SLOWEST, "helped", off, 0].clamps[-1] == During(Ablate((1, 2)), 0, 1_280)
+    restarted = asked[windows.SLOWEST, "helped", anew, 0]
+    assert restarted.clamps == alone.clamps and restarted.data_seed != alone.data_seed and restarted.initial is WEIGHTS
+    ratio = found.set_index(["clamp", "what", "control"])["ratio"]
+    never_at = help.times["nothing"].iloc[0]
+    assert ratio["layer 1", "helped", as_it_is] == 1.5
+    late = ratio[windows.SLOWEST, "helped", anew] - ratio[windows.SLOWEST, "helped", off]
+    assert late == pytest.approx(1_280 / never_at)  # the help's own time is counted

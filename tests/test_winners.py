@@ -78,7 +78,7 @@ def test_scores_see_what_they_are_named_for(splits):
     output = tensors["layers.1.attn.proj.weight"].unflatten(1, (8, 8))
     unembed, labels = tensors["unembed.weight"], tensors["label_embed.weight"].T
     qkv[2, 6, :5], output[:, 6, :5] = labels * 100, unembed.T
-    found = winners.scores(model.Weights(network.config, tensors), splits, batch)
+    found = winners.scores(model.Weights(network.config, tensors), splits, batch, batch)
     assert found["match"].idxmax() == 3 and found["copy"].idxmax() == 6
     assert set(found) == {"strength", "composition", "match", "copy", "gradient"} and (found["gradient"] > 0).all()
 

@@ -25,7 +25,9 @@ ALONG = {"two pairs": {}, "four pairs": {"n_pairs": 4}, "eight pairs": {"n_pairs
 
 
 CROSSED = {f"{k} pairs, {d} layers" + ", MLPs" * bool(m): {"n_pairs": k, "n_layers": d, "mlp_ratio": float(m)}
-           for k in (2, 4, 8) for d in (2, 3, 4) for m in (0, 4)}  # every combination, for the recorded table
+           for k in (2, 4, 8) for d in (2, 3, 4) for m in (0, 4)} | {
+    "4 pairs, 2 layers, 20 labels": {"n_pairs": 4, "n_layers": 2, "mlp_ratio": 0.0, "n_labels": 20}}  # for the recorded table:
+#   every combination, and one longer context with as many labels per pair as the shorter ones have
 
 
 def variant(settings: Settings, changed: Mapping[str, object]) -> Settings:
@@ -35,7 +37,7 @@ def variant(settings: Settings, changed: Mapping[str, object]) -> Settings:
     quick = experiments.PROFILES["quick"].n_sequences
     share = settings.n_sequences / settings.scale.n_sequences  # of a profile's usual length
     length = round(quick * share * LONGER.get(n_pairs, n_pairs / 2))
-    return replace(settings, profile="quick", n_labels=N_LABELS, n_sequences=length, **changed)
+    return replace(settings, **{"profile": "quick", "n_labels": N_LABELS, "n_sequences": length, **changed})
 
 
 def crossed(table: pd.DataFrame) -> pd.DataFrame:
@@ -45,7 +47,7 @@ def crossed(table: pd.DataFrame) -> pd.DataFrame:
     found: dict[str, dict[str, str]] = {}
     for name, changed in CROSSED.items():
         if name in medians.index:
-            kind = f"{changed['n_layers']} layers" + ", MLPs" * bool(changed["mlp_ratio"])
+            kind = name.split(" pairs, ")[1] if "n_labels" not in changed else "2 layers, labels in proportion"
             found.setdefault(kind, {})[f"{changed['n_pairs']} pairs"] = " / ".join(
                 "never" if math.isinf(time) else f"{time:,.0f}" for time in medians.loc[name])
     return pd.DataFrame(found)

@@ -12,14 +12,19 @@ import pandas as pd
 
 from ihbook import metrics, toy
 from ihbook.chapters import experiments
-from ihbook.clamps import Ablate, BlockPreviousToken, Clamp, During
+from ihbook.clamps import Ablate, BlockPreviousToken, Clamp, During, LabelAttentionOnly, run_with_clamps
 from ihbook.config import RunConfig
 from ihbook.engine.results import Result
+from ihbook.model import Weights
+from ihbook.task import Batch
 
 Window = tuple[int, int]  # from the first number of sequences seen on, and no longer at the second
 TOY_LEVEL = 0.4  # of the loss of learning nothing: as the threshold of a phase change is of a guess between the labels
 GIVEN = {"layer 1": ("a",), "match": ("a", "b")}  # vectors that stand for a clamp
 ALIKE = {"copy": "layer 1", "layer 1 and copy": "match"}  # the toy's vectors are exchangeable: only their number matters
+SLOWEST = "layer 1 and copy"  # help after which some networks need more than the usual length
+CONTROLS = ("as it is", "optimiser begins anew when the help ends, other order", "head off for as long, instead of help",
+            "head looks at labels alone when the help has ended")
 N_ORDERS = 3  # of the data, under which a network without help is trained: how far times spread by chance
 
 
@@ -71,7 +76,8 @@ class Help:
     data in `others`, by (network, order), and a `table`, one row per window: clamp, start, length, run (the seed), never, from,
     until, time (of the phase change once the help has ended), ratio (time over never), net (the same without the help's own time),
     and loss_after (nats, at the first evaluation without help). A ratio is infinite where the run never gets there, and NaN where
-    it ends too soon to tell: at less than 1.25 times never."""
+    it ends too soon to tell: at less than 1.25 times never. Runs that are helped from the start have a checkpoint when the help
+    ends or, with a match, before."""
 
     unended: dict[tuple[int, str], Result]
     others: dict[tuple[int, int], Result]
@@ -103,13 +109,14 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
         ways = {name: clamps for name, clamps in experiments.six_ways(head, pt).items() if clamps}
         never, *_ = times = [experiments.phase_change(unended[i, name]) for name in ("nothing", *ways)]
         found = grid(alone[i], ways, never, dict(zip(ways, times[1:], strict=True)), starts, lengths)
-        asked |= {(i, *key): (run, window, never) for key, (run, window) in found.items()}
+        asked |= {(i, *key): (_with_checkpoints(run, key, window[1], settings), window, never)
+                  for key, (run, window) in found.items()}
     results = experiments.fetch_each({key: run for key, (run, _, _) in asked.items()}, device)
     rows = []
     for (i, name, start, length), (run, (first, until), never) in asked.items():
         result = results[i, name, start, length]
         time = time_without_help(result, until)
-        ratio = math.inf if math.isnan(time) and run.n_sequences >= 1.25 * never else time / never
+        ratio = _over(time, never, run.n_sequences)
         rows.append((name, start, length, run.init_seed, never, first, until, time, ratio, ratio - (until - first) / never,
                      experiments.loss_from(result, until)))
     table = pd.DataFrame(rows, columns=["clamp", "start", "length", "run", "never", "from", "until", "time", "ratio", "net",
@@ -117,30 +124,77 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
     return Help(unended, others, {key: window for key, (_, window, _) in asked.items()}, results, table)
 
 
-def restarted(settings: experiments.Settings, best: Sequence[int], previous: Sequence[int], help: Help, length: float,
-              device: str = "cpu") -> dict[tuple[int, str], float]:
-    """A control: the ratios of help from the start, by (network, clamp), where the optimiser begins anew when the help ends, on
-    sequences in another order. Otherwise Adam remembers the help: it has no second moment of what was clamped, and large ones of
-    all else from the jump of the loss."""
-    first, rest = {}, {}
-    for i, (head, pt) in enumerate(zip(best, previous, strict=True)):
-        run = experiments.single_head(settings.run(6e5, nth=i), head)
-        for name, clamps in experiments.six_ways(head, pt).items():
-            if (i, name, 0, length) in help.windows:
-                until = help.windows[i, name, 0, length][1]
-                first[i, name] = replace(run, clamps=(*run.clamps, *clamps), n_sequences=until)
-                rest[i, name] = replace(run, data_seed=run.data_seed + 1000,
-                                        n_sequences=max(run.batch_size, run.n_sequences - until))
-    taught = experiments.fetch_each(first, device)
-    alone = experiments.fetch_each({key: replace(run, initial=taught[key].weights) for key, run in rest.items()}, device)
-    return {key: (first[key].n_sequences + experiments.phase_change(result)) / help.times["nothing"].iloc[key[0]]
-            for key, result in alone.items()}
+def _with_checkpoints(run: RunConfig, key: tuple[str, float, float], until: int, settings: experiments.Settings) -> RunConfig:
+    """A window's run with the checkpoints that `Help` names, and longer after the `SLOWEST` help."""
+    name, start, _ = key
+    if start:
+        return run
+    return replace(run, checkpoint_every=settings.every(10_000) if name == "match" else until,
+                   n_sequences=round(run.n_sequences * (1.5 if name == SLOWEST else 1)))
+
+
+def released(result: Result, until: int) -> Weights:
+    """The weights of the last checkpoint of a run at or before `until`."""
+    return result.checkpoints[max(seen for seen in result.checkpoints if seen <= until)]
+
+
+def looks(weights: Weights, head: int, sequences: Batch) -> dict[str, float]:
+    """Where head `head` of Layer 2, alone in its layer, looks from the query: the shares of its attention on the labels, the right
+    exemplars, the other exemplars, and the query itself, mean over `sequences` (of one run)."""
+    pattern = run_with_clamps(weights, sequences, [experiments.only(head, weights.config.n_heads)])["pattern", 1][0, :, head, -1]
+    right = (sequences.labels[0, :, :-1] == sequences.labels[0, :, -1:]).to(pattern)
+    exemplars = pattern[:, :-1:2]
+    found = {"labels": pattern[:, 1::2].sum(1), "right exemplar": (exemplars * right).sum(1),
+             "other exemplars": (exemplars * (1 - right)).sum(1), "itself": pattern[:, -1]}
+    return {name: share.mean().item() for name, share in found.items()}
+
+
+def controls(settings: experiments.Settings, best: Sequence[int], help: Help, length: float, device: str = "cpu") -> pd.DataFrame:
+    """What could make help with a perfect Layer 1 do harm: times of the phase change over that without help, for help of this
+    length from the start. Columns clamp, what ("helped", or "never helped" with the same done at the same moment), control, run,
+    ratio. Under `SLOWEST` there are all of `CONTROLS`, under layer 1 the first and the last."""
+    asked: dict[tuple[str, str, str, int], tuple[RunConfig, int]] = {}  # with the sequences that were seen before the run
+    for (i, name, start, this), (_, until) in help.windows.items():
+        if start or this != length or name not in ("layer 1", SLOWEST):
+            continue
+        at, with_help, without = (1, best[i]), help.results[i, name, start, this], help.unended[i, "nothing"]
+        run = replace(with_help.run, checkpoint_every=0)
+        alone = experiments.single_head(run, best[i])
+        for what, each, result in (("helped", run, with_help), ("never helped", alone, without)):
+            looking = replace(each, clamps=(*each.clamps, During(LabelAttentionOnly(at), until)))
+            asked[name, what, CONTROLS[3], i] = looking, 0
+            if name == SLOWEST:
+                seen = max(n for n in result.checkpoints if n <= until)
+                anew = replace(alone, initial=result.checkpoints[seen], data_seed=run.data_seed + 1000,
+                               n_sequences=max(run.batch_size, run.n_sequences - seen))
+                asked[name, what, CONTROLS[1], i] = anew, seen
+        if name == SLOWEST:
+            asked[name, "helped", CONTROLS[2], i] = helped(alone, [Ablate(at)], (0, until)), 0
+    results = experiments.fetch_each({key: run for key, (run, _) in asked.items()}, device)
+    rows = []
+    for (name, what, control, i), (run, seen) in asked.items():
+        time = seen + time_without_help(results[name, what, control, i], _end_of_help(run))
+        never = help.times["nothing"].iloc[i]
+        rows.append((name, what, control, help.times.index[i], _over(time, never, seen + run.n_sequences)))
+    rows += [(row.clamp, "helped", CONTROLS[0], row.run, row.ratio) for row in help.table.itertuples()
+             if row.clamp in ("layer 1", SLOWEST) and row.start == 0 and row.length == length]
+    return pd.DataFrame(rows, columns=["clamp", "what", "control", "run", "ratio"])
+
+
+def _end_of_help(run: RunConfig) -> int:
+    """When the last window of a run ends, in sequences seen; 0 where none does."""
+    return max((clamp.until or 0 for clamp in run.clamps if isinstance(clamp, During)), default=0)
+
+
+def _over(time: float, never: float, length: float) -> float:
+    """A time over that without help: infinite where the run never gets there, NaN where it ends too soon to tell."""
+    return math.inf if math.isnan(time) and length >= 1.25 * never else time / never
 
 
 def lesions(settings: experiments.Settings, head: int, nth: int = 0) -> tuple[dict[str, RunConfig], Window]:
     """Runs of the full network in which something is taken away for a while after the phase change, and that window: Layer 2's
     head `head`, or all attention of Layer 1 to the token before."""
-    run = settings.run(nth=nth, heads_every=5000)
+    run = settings.run(8e5, nth=nth, heads_every=5000)
     window = snap(run, settings.length(6e5), settings.length(1e5))
     layer1 = [(0, h) for h in range(settings.n_heads)]
     return {"strongest head off": helped(run, [Ablate((1, head))], window),

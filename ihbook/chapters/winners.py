@@ -31,6 +31,20 @@ def factorial(settings: experiments.Settings) -> dict[tuple[int, int], RunConfig
     return {(w, d): replace(run, init_seed=w, data_seed=d) for w in settings.seeds for d in settings.seeds}
 
 
+def faster(settings: experiments.Settings, factor: float = 10) -> dict[tuple[int, int], RunConfig]:
+    """A control of `factorial`: the same at a learning rate that is `factor` times as high, in 1.5 / `factor` times the length."""
+    def short(length: float) -> int:
+        return max(settings.run().batch_size, round(length / factor))
+
+    return {key: replace(run, lr=factor * run.lr, heads_every=0, n_sequences=short(1.5 * run.n_sequences),
+                         eval_every=short(run.eval_every)) for key, run in factorial(settings).items()}
+
+
+def moved_by_order(times: pd.DataFrame) -> float:
+    """The largest relative distance of a time from the median of its row: how far another order of the data moves it."""
+    return float((times.div(times.median(axis=1), axis=0) - 1).abs().max().max())
+
+
 def initial(run: RunConfig, d_exemplar: int) -> Weights:
     """The weights that a run starts from."""
     return run.initial or model.initial_weights(run.model, d_exemplar, run.task.n_labels, run.init_seed)
@@ -104,11 +118,12 @@ def _on_diagonal(table: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scores(weights: Weights, splits: Splits, batch: Batch) -> pd.DataFrame:
-    """What might tell before the first step how far a head of Layer 2 will come, one row per head. `strength` on `batch`;
-    `composition`, the largest key composition score with a head of Layer 1; `match`, how much its scores prefer a character to
-    others, where the best head of Layer 1 has moved it; `copy`, how much its output prefers the label that it reads; `gradient`,
-    the norm of its weights' gradient on `batch`. Positions and the other heads are left out of `match` and `copy`."""
+def scores(weights: Weights, splits: Splits, sequences: Batch, batch: Batch) -> pd.DataFrame:
+    """What might tell before the first step how far a head of Layer 2 will come, one row per head. `strength` on `sequences`, which
+    must be many, as the heads hardly differ; `composition`, the largest key composition score with a head of Layer 1; `match`, how
+    much its scores prefer a character to others, where the best head of Layer 1 has moved it; `copy`, how much its output prefers
+    the label that it reads; `gradient`, the norm of its weights' gradient on `batch`. Positions and the other heads are left out of
+    `match` and `copy`."""
     characters = splits.train_bank[0]
     embed = weights.tensors["exemplar_embed.weight"]
     x = F.layer_norm(characters.to(embed) @ embed.T + weights.tensors["exemplar_embed.bias"], (embed.shape[0],))
@@ -118,7 +133,7 @@ def scores(weights: Weights, splits: Splits, batch: Batch) -> pd.DataFrame:
     asked, offered = torch.einsum("hdm,cm->hcd", q, x), torch.einsum("hdm,jcm->hjcd", k, moved)
     match = _on_diagonal(torch.einsum("hcd,hjed->hjce", asked, offered)).amax(1)
     written = torch.einsum("lm,hmd,hdn,an->hal", weights.tensors["unembed.weight"], o, v, labels)
-    strength = metrics.measure(weights, batch)["strength"][0, 1]
+    strength = metrics.measure(weights, sequences)["strength"][0, 1]
     with torch.enable_grad():
         gradient = [math.hypot(*list(experiments.gradient_norms(weights, batch, h).values())[:4]) for h in range(len(q))]
     return pd.DataFrame({"strength": strength.tolist(), "composition": metrics.composition_scores(weights, "keys").amax(1).tolist(),

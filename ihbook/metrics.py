@@ -15,7 +15,7 @@ from torch import Tensor
 from ihbook.checks import one_of
 from ihbook.clamps import Clamp, Shape, compose
 from ihbook.config import ModelConfig
-from ihbook.model import Activations, Params, Weights, exemplar_table, stack
+from ihbook.model import Activations, Params, Weights, by_head, exemplar_table, stack
 from ihbook.task import Batch
 
 THRESHOLD = 0.4 * math.log(2)  # nats: 0.4 times the loss of a guess between the two labels in context
@@ -142,10 +142,8 @@ def composition_scores(weights: Weights, part: str, layer: int = 1) -> Tensor:
     config = weights.config
     if not 1 <= layer < config.n_layers:
         raise ValueError(f"layer={layer} has no layer before it; choose 1 to {config.n_layers - 1}")
-    read = weights.tensors[f"layers.{layer}.attn.qkv.weight"].chunk(3)[parts.index(part)]
-    read = read.unflatten(0, (config.n_heads, config.d_head))
-    write = weights.tensors[f"layers.{layer - 1}.attn.proj.weight"].T
-    write = write.unflatten(0, (config.n_heads, config.d_head)).mT
+    read = by_head(weights.tensors, layer, config)[parts.index(part)]
+    *_, write = by_head(weights.tensors, layer - 1, config)
     together = torch.einsum("jad,ide->jiae", read, write).flatten(2).norm(dim=2)
     return together / (read.flatten(1).norm(dim=1)[:, None] * write.flatten(1).norm(dim=1))
 

@@ -310,6 +310,13 @@ def shapes(config: ModelConfig, d_exemplar: int, n_labels: int) -> dict[str, tup
     return out | {"unembed.weight": (n_labels, d), "unembed.bias": (n_labels,)}
 
 
+def by_head(tensors: Mapping[str, Tensor], layer: int, config: ModelConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A layer's matrices (or their gradients) by head, as views: queries, keys and values `[head, d_head, d_model]`, and output
+    `[head, d_model, d_head]`."""
+    q, k, v = tensors[f"layers.{layer}.attn.qkv.weight"].unflatten(0, (3, config.n_heads, config.d_head))
+    return q, k, v, tensors[f"layers.{layer}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head)).transpose(0, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Weights:
     """One network as a value: its architecture and tensors, without a run axis. Two are equal when their contents are.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ihbook import clamps, metrics, task
+from ihbook import clamps, metrics, model, task
 from ihbook.banks import load_bank
 from ihbook.checks import one_of, whole
 from ihbook.config import BankConfig, ModelConfig, RunConfig, TaskConfig
@@ -338,9 +338,8 @@ def right_instead(weights: Weights, batch: Batch, clamps: Sequence[Sequence]) ->
 def gradient_norms(weights: Weights, batch: Batch, head: int, clamps: Sequence = (), layer: int = 1) -> dict[str, float]:
     """The norms of `metrics.gradients`: of a head's queries, keys, values and output, the layer before's QKV, the unembedding."""
     config, found = weights.config, metrics.gradients(weights, batch, clamps)
-    parts = found[f"layers.{layer}.attn.qkv.weight"].unflatten(0, (3, config.n_heads, config.d_head))[:, head]
-    out = found[f"layers.{layer}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head))[:, head]
-    tensors = {"its queries": parts[0], "its keys": parts[1], "its values": parts[2], "its output": out,
+    q, k, v, o = (each[head] for each in model.by_head(found, layer, config))
+    tensors = {"its queries": q, "its keys": k, "its values": v, "its output": o,
                "the layer before": found[f"layers.{layer - 1}.attn.qkv.weight"], "unembedding": found["unembed.weight"]}
     return {name: tensor.norm().item() for name, tensor in tensors.items()}
 

@@ -102,13 +102,6 @@ def intervals(table: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> di
     return {name: (drawn[name].quantile(0.025), drawn[name].quantile(0.975)) for name in drawn}
 
 
-def _heads(weights: Weights, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A layer's matrices by head: q, k, v `[head, d_head, d_model]` and o `[head, d_model, d_head]`."""
-    config = weights.config
-    qkv = weights.tensors[f"layers.{layer}.attn.qkv.weight"].unflatten(0, (3, config.n_heads, config.d_head))
-    return *qkv, weights.tensors[f"layers.{layer}.attn.proj.weight"].unflatten(1, (config.n_heads, config.d_head)).transpose(0, 1)
-
-
 def _on_diagonal(table: Tensor) -> Tensor:
     """How much the diagonal of `[..., n, n]` stands out: its mean minus that of the rest, in standard deviations."""
     n = table.shape[-1]
@@ -128,7 +121,7 @@ def scores(weights: Weights, splits: Splits, sequences: Batch, batch: Batch) -> 
     embed = weights.tensors["exemplar_embed.weight"]
     x = F.layer_norm(characters.to(embed) @ embed.T + weights.tensors["exemplar_embed.bias"], (embed.shape[0],))
     labels = F.layer_norm(weights.tensors["label_embed.weight"].T, (embed.shape[0],))
-    (q, k, v, o), (_, _, v1, o1) = _heads(weights, 1), _heads(weights, 0)
+    (_, _, v1, o1), (q, k, v, o) = (model.by_head(weights.tensors, layer, weights.config) for layer in (0, 1))
     moved = F.layer_norm(torch.einsum("jmd,jdn,cn->jcm", o1, v1, x), (embed.shape[0],))
     asked, offered = torch.einsum("hdm,cm->hcd", q, x), torch.einsum("hdm,jcm->hjcd", k, moved)
     match = _on_diagonal(torch.einsum("hcd,hjed->hjce", asked, offered)).amax(1)
@@ -154,12 +147,9 @@ def best_elsewhere(places: pd.DataFrame) -> list[tuple[str, float]]:
 
 def with_head(weights: Weights, head: int, donor: Weights, from_head: int, layer: int = 1) -> Weights:
     """The weights with one head's queries, keys, values and output replaced by those of a head of `donor`'s same layer."""
-    tensors = dict(weights.tensors)
-    for name, axis in ((f"layers.{layer}.attn.qkv.weight", 0), (f"layers.{layer}.attn.proj.weight", 1)):
-        parts = (3, weights.config.n_heads, weights.config.d_head) if axis == 0 else (weights.config.n_heads, weights.config.d_head)
-        mine, theirs = (w.tensors[name].clone().unflatten(axis, parts) for w in (weights, donor))
-        mine.select(1, head).copy_(theirs.select(1, from_head))
-        tensors[name] = mine.flatten(axis, axis + len(parts) - 1)
+    tensors = {name: tensor.clone() for name, tensor in weights.tensors.items()}
+    for mine, theirs in zip(*(model.by_head(each, layer, weights.config) for each in (tensors, donor.tensors)), strict=True):
+        mine[head] = theirs[from_head]
     return replace(weights, tensors=tensors)
 
 

@@ -7,7 +7,6 @@ import ast
 import html
 import inspect
 import math
-import re
 import textwrap
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -94,8 +93,9 @@ def say(*sentences: str) -> HTML:
 
 
 def _inline(text: str) -> str:
-    """Words as HTML, with code where backticks are."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    """Words as HTML, with code where backticks are, and a printer's apostrophes elsewhere."""
+    parts = html.escape(text, quote=False).split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part.replace("'", "’") for i, part in enumerate(parts))
 
 
 def _box(sentences: Sequence[str], last: str = "") -> HTML:

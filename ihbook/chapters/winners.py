@@ -145,11 +145,13 @@ def best_elsewhere(places: pd.DataFrame) -> list[tuple[str, float]]:
     return found
 
 
-def with_head(weights: Weights, head: int, donor: Weights, from_head: int, layer: int = 1) -> Weights:
+def with_head(weights: Weights, head: int, donor: Weights, from_head: int,
+              layer: int = 1) -> Weights:
     """The weights with one head's queries, keys, values and output replaced by those of a head of `donor`'s same layer."""
     tensors = {name: tensor.clone() for name, tensor in weights.tensors.items()}
-    for mine, theirs in zip(*(model.by_head(each, layer, weights.config) for each in (tensors, donor.tensors)), strict=True):
-        mine[head] = theirs[from_head]
+    mine, theirs = (model.by_head(each, layer, weights.config) for each in (tensors, donor.tensors))
+    for part, given in zip(mine, theirs, strict=True):
+        part[head] = given[from_head]
     return replace(weights, tensors=tensors)
 
 

@@ -51,9 +51,9 @@ def html_of(runs: Mapping[str, RunConfig], ways: Ways, shown: Sequence[Shown], n
     buttons = button("train", "Train") + "".join(button(word.lower(), word, " disabled") for word in
                                                  ("Pause", "Step", "Continue", "Reset"))
     hold = button("hold", "Hold to clamp", ' aria-pressed="false"') + select("window", "what", names[1:-1], chosen="match")
-    hint = f"for networks with {run.task.n_labels} labels"
-    inside = (button("operate", "Operate on it", f' disabled title="{hint}"') + select("inside", "look inside", names)
-              + select("sequence", "on", [each.name for each in shown], numbers[:len(shown)]))
+    operate = button("operate", "Operate on it", f' disabled title="for networks with {run.task.n_labels} labels"')
+    inside = (select("inside", "look inside", names) + select("sequence", "on", [each.name for each in shown], numbers[:len(shown)])
+              + f'<span class="ih-buttons">{operate}</span>')
     return (
         f'<section class="ih-panel ih-what-if" aria-label="What if?"><div class="ih-instead">{INSTEAD}</div>'
         f'<div class="ih-works" hidden><form class="ih-controls">{controls}</form><div class="ih-buttons">{buttons}</div>'

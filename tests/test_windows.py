@@ -153,3 +153,17 @@ def test_the_controls_differ_from_the_help_in_one_thing():
     assert ratio["layer 1", "helped", as_it_is] == 1.5
     late = ratio[windows.SLOWEST, "helped", anew] - ratio[windows.SLOWEST, "helped", off]
     assert late == pytest.approx(1_280 / never_at)  # the help's own time is counted
+
+
+def test_what_the_controls_say_is_put_into_words():
+    looked = pd.DataFrame([("never helped", 0.6), (windows.SLOWEST, 0.1)], columns=["clamp", "labels"])
+    ratios = dict(zip(windows.CONTROLS, (1.6, 1.5, 1.1, 0.75), strict=True))
+    rows = [(windows.SLOWEST, "helped", control, ratio) for control, ratio in ratios.items()]
+    rows.append((windows.SLOWEST, "never helped", windows.CONTROLS[3], 0.7))
+    found = pd.DataFrame(rows, columns=["clamp", "what", "control", "ratio"])
+    said = " ".join(windows.harm_in_words(looked, found))
+    assert "10% of its attention on labels" in said and "60%" in said and "So most of the harm" in said and "does not undo it" in said
+    assert "0.75 of the time without help in place of 1.60" in said and "gives 0.70" in said and "comes at 1.10" in said
+    assert "less than half" in " ".join(windows.harm_in_words(looked, found.replace({0.75: 1.5})))
+    assert len(windows.harm_in_words(looked, found.replace({1.6: 0.9}))) == 1  # no harm, nothing to explain
+    assert windows.harm_in_words(looked, found[:0]) == windows.harm_in_words(looked[:0], found) == []

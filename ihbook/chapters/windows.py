@@ -149,6 +149,18 @@ def looks(weights: Weights, head: int, sequences: Batch) -> dict[str, float]:
     return {name: share.mean().item() for name, share in found.items()}
 
 
+def looks_at_release(best: Sequence[int], help: Help, length: float, sequences: Batch) -> pd.DataFrame:
+    """Where heads look (`looks`) when help of this length from the start ends, the clamp taken off: a row per network and clamp,
+    and for "never helped" at the moment when the `SLOWEST` help ends. Column clamp, and those of `looks`."""
+    rows = []
+    for (i, name, start, this), (_, until) in help.windows.items():
+        if start == 0 and this == length:
+            found = {name: help.results[i, name, start, this]} | ({"never helped": help.unended[i, "nothing"]} if name == SLOWEST
+                                                                  else {})
+            rows += [{"clamp": clamp, **looks(released(result, until), best[i], sequences)} for clamp, result in found.items()]
+    return pd.DataFrame(rows, columns=["clamp", "labels", "right exemplar", "other exemplars", "itself"])
+
+
 def controls(settings: experiments.Settings, best: Sequence[int], help: Help, length: float, device: str = "cpu") -> pd.DataFrame:
     """What could make help with a perfect Layer 1 do harm: times of the phase change over that without help, for help of this
     length from the start. Columns clamp, what ("helped", or "never helped" with the same done at the same moment), control, run,
@@ -179,6 +191,33 @@ def controls(settings: experiments.Settings, best: Sequence[int], help: Help, le
     rows += [(row.clamp, "helped", CONTROLS[0], row.run, row.ratio) for row in help.table.itertuples()
              if row.clamp in ("layer 1", SLOWEST) and row.start == 0 and row.length == length]
     return pd.DataFrame(rows, columns=["clamp", "what", "control", "run", "ratio"])
+
+
+def of_control(found: pd.DataFrame, clamp: str, what: str, control: str) -> list[float]:
+    """The ratios of one of the `controls`, one number per network."""
+    chosen = (found["clamp"] == clamp) & (found["what"] == what) & (found["control"] == control)
+    return found[chosen]["ratio"].tolist()
+
+
+def harm_in_words(looked: pd.DataFrame, found: pd.DataFrame) -> list[str]:
+    """What `looks_at_release` and `controls` say of the `SLOWEST` help, in sentences; none where they are empty."""
+    if looked.empty or found.empty:
+        return []
+    labels = looked.groupby("clamp")["labels"].median()
+    as_it_is, anew, idle, looking = (np.median(of_control(found, SLOWEST, "helped", control)) for control in CONTROLS)
+    base = np.median(of_control(found, SLOWEST, "never helped", CONTROLS[3]))
+    said = [f"When help with {SLOWEST} ends, the head puts {labels[SLOWEST]:.0%} of its attention on labels, and a head that was "
+            f"never helped {labels['never helped']:.0%}."]
+    if as_it_is <= 1.05:
+        return said
+    return said + [
+        f"If from then on it may look at labels alone, the phase change comes at {looking:.2f} of the time without help in place "
+        f"of {as_it_is:.2f}; without help, the same clamp from the same moment on gives {base:.2f}.",
+        "So most of the harm is in where the head looks." if looking - base < 0.5 * (as_it_is - 1) else
+        "So where the head looks explains less than half of the harm.",
+        "A new optimiser does not undo it." if anew > 1.05 else "With a new optimiser there is no harm.",
+        f"Nor is the head late because it was idle: one that is off for as long comes at {idle:.2f}." if idle < as_it_is else
+        f"A head that is off for as long comes at {idle:.2f}."]
 
 
 def _end_of_help(run: RunConfig) -> int:

@@ -209,9 +209,9 @@ def wiring(grids: Mapping[str, torch.Tensor], rows: Sequence[str], columns: Sequ
 def heat_map(table: pd.DataFrame, words: str, x: str, y: str) -> Picture:
     """A heat map of `words` with its numbers, NaN left empty; its index is along `y`, its columns along `x` (chapter 12)."""
     figure = Picture(figsize=(1.6 + 0.62 * table.shape[1], 0.9 + 0.34 * len(table)))
-    sns.heatmap(table, ax=figure.subplots(), cmap="crest", annot=True, fmt=",.0f", annot_kws={"size": 9}, cbar_kws={"label": words},
-                linewidths=1)
+    sns.heatmap(table, ax=figure.subplots(), cmap="crest", annot=True, fmt=",.0f", annot_kws={"size": 9}, cbar=False, linewidths=1)
     figure.axes[0].set(xlabel=x, ylabel=y)
+    figure.axes[0].set_title(words, fontsize=10)
     figure.axes[0].tick_params(length=0, rotation=0)
     figure.alt = f"Heat map of {words}: " + "; ".join(
         f"{y} {name}: {row.min():,.0f} to {row.max():,.0f}" for name, row in table.iterrows()) + "."

@@ -132,38 +132,42 @@ def test_the_controls_differ_from_the_help_in_one_thing():
 
     alone = single_head(RUN, 2)
     ways = six_ways(2, 3)
-    window = (0, 1_280)
-    help = windows.Help(
-        {(0, "nothing"): falling(alone, 9_600)}, {}, {(0, name, 0, 2): window for name in ("layer 1", windows.SLOWEST, "copy")},
-        {(0, name, 0, 2): falling(windows.helped(alone, ways[name], window), 12_800) for name in ("layer 1", windows.SLOWEST, "copy")},
-        pd.DataFrame([("layer 1", 0, 2, RUN.init_seed, 1.5)], columns=["clamp", "start", "length", "run", "ratio"]))
+    window, names = (0, 1_280), ("layer 1", windows.SLOWEST, "copy")
+    help = windows.Help({(0, "nothing"): falling(alone, 9_600)}, {}, {(0, name, 0, 2): window for name in names},
+                        {(0, name, 0, 2): falling(windows.helped(alone, ways[name], window), 12_800) for name in names}, pd.DataFrame())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments, "fetch_each", fetched)
         found = windows.controls(SETTINGS, [2], help, 2)
-    assert len(asked) == 2 + 5 and set(found["clamp"]) == {"layer 1", windows.SLOWEST}  # and no copy
-    as_it_is, anew, off, looking = windows.CONTROLS
-    [helped_run, never] = (asked[windows.SLOWEST, what, looking, 0] for what in ("helped", "never helped"))
-    assert helped_run.clamps[-1] == never.clamps[-1] == During(LabelAttentionOnly((1, 2)), 1_280)
-    assert helped_run.clamps[1:-1] == tuple(During(clamp, *window) for clamp in ways[windows.SLOWEST]) and len(never.clamps) == 2
-    assert asked[windows.SLOWEST, "helped", off, 0].clamps[-1] == During(Ablate((1, 2)), 0, 1_280)
-    restarted = asked[windows.SLOWEST, "helped", anew, 0]
+    assert len(asked) == 3 + 7 and {key[0] for key in found} == {"layer 1", windows.SLOWEST}  # and no copy
+    as_it_is, anew, looking = windows.CONTROLS
+    was_helped, was_off, never = windows.HEADS
+    free = {head: asked[windows.SLOWEST, head, looking, 0] for head in windows.HEADS}
+    assert {run.clamps[-1] for run in free.values()} == {During(LabelAttentionOnly((1, 2)), 1_280)}
+    assert free[was_helped].clamps[1:-1] == tuple(During(clamp, *window) for clamp in ways[windows.SLOWEST])
+    assert free[was_off].clamps[1:-1] == (During(Ablate((1, 2)), *window),) and len(free[never].clamps) == 2
+    restarted = asked[windows.SLOWEST, was_helped, anew, 0]
     assert restarted.clamps == alone.clamps and restarted.data_seed != alone.data_seed and restarted.initial is WEIGHTS
-    ratio = found.set_index(["clamp", "what", "control"])["ratio"]
-    never_at = help.times["nothing"].iloc[0]
-    assert ratio["layer 1", "helped", as_it_is] == 1.5
-    late = ratio[windows.SLOWEST, "helped", anew] - ratio[windows.SLOWEST, "helped", off]
-    assert late == pytest.approx(1_280 / never_at)  # the help's own time is counted
+    [late], [usual] = (windows.of_control(found, windows.SLOWEST, was_helped, control) for control in (anew, as_it_is))
+    assert late - usual == pytest.approx(1_280 / help.times["nothing"].iloc[0])  # the help's own time is counted
+
+    splits = task.split(load_bank(RUN.bank), RUN.task)
+    looked = windows.looks_at_release([2], help, found, 2, task.sample(splits, 20, task.seeded("looks", 0)))
+    assert looked["clamp"].tolist() == ["layer 1", windows.SLOWEST, was_off, never, "copy"]
 
 
 def test_what_the_controls_say_is_put_into_words():
-    looked = pd.DataFrame([("never helped", 0.6), (windows.SLOWEST, 0.1)], columns=["clamp", "labels"])
-    ratios = dict(zip(windows.CONTROLS, (1.6, 1.5, 1.1, 0.75), strict=True))
-    rows = [(windows.SLOWEST, "helped", control, ratio) for control, ratio in ratios.items()]
-    rows.append((windows.SLOWEST, "never helped", windows.CONTROLS[3], 0.7))
-    found = pd.DataFrame(rows, columns=["clamp", "what", "control", "ratio"])
-    said = " ".join(windows.harm_in_words(looked, found))
-    assert "10% of its attention on labels" in said and "60%" in said and "So most of the harm" in said and "does not undo it" in said
-    assert "0.75 of the time without help in place of 1.60" in said and "gives 0.70" in said and "comes at 1.10" in said
-    assert "less than half" in " ".join(windows.harm_in_words(looked, found.replace({0.75: 1.5})))
-    assert len(windows.harm_in_words(looked, found.replace({1.6: 0.9}))) == 1  # no harm, nothing to explain
-    assert windows.harm_in_words(looked, found[:0]) == windows.harm_in_words(looked[:0], found) == []
+    looked = pd.DataFrame([("never helped", 0.6), ("off for as long", 0.4), (windows.SLOWEST, 0.1)], columns=["clamp", "labels"])
+    as_it_is, anew, looking = windows.CONTROLS
+    was_helped, was_off, never = windows.HEADS
+
+    def said(late=1.6, free=0.75, off=1.2):
+        ratios = {(was_helped, as_it_is): late, (was_helped, anew): 1.5, (was_helped, looking): free, (was_off, as_it_is): off,
+                  (was_off, looking): 0.9, (never, looking): 0.7}
+        return windows.harm_in_words(looked, {(windows.SLOWEST, *key, 0): (None, ratio) for key, ratio in ratios.items()})
+
+    words = " ".join(said())
+    assert "10% of its attention on labels" in words and "long 40%" in words and "So most of the harm" in words and "does not undo" in words
+    assert "0.75 of the time without help in place of 1.60" in words and "gives 0.70" in words and "at 1.20, and at 0.90" in words
+    assert "less than half" in " ".join(said(free=1.5)) and "costs more" not in words and "costs more" in " ".join(said(off=1.9))
+    assert len(said(late=0.9, off=1.0)) == 1  # no harm, nothing to explain
+    assert windows.harm_in_words(looked, {}) == windows.harm_in_words(looked[:0], {(): (None, 1.0)}) == []

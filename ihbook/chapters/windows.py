@@ -18,13 +18,14 @@ from ihbook.engine.results import Result
 from ihbook.model import Weights
 from ihbook.task import Batch
 
+Found = Mapping[tuple[str, str, str, int], tuple[Result, float]]  # what `controls` gives
 Window = tuple[int, int]  # from the first number of sequences seen on, and no longer at the second
 TOY_LEVEL = 0.4  # of the loss of learning nothing: as the threshold of a phase change is of a guess between the labels
 GIVEN = {"layer 1": ("a",), "match": ("a", "b")}  # vectors that stand for a clamp
 ALIKE = {"copy": "layer 1", "layer 1 and copy": "match"}  # the toy's vectors are exchangeable: only their number matters
 SLOWEST = "layer 1 and copy"  # help after which some networks need more than the usual length
-CONTROLS = ("as it is", "optimiser begins anew when the help ends, other order", "head off for as long, instead of help",
-            "head looks at labels alone when the help has ended")
+CONTROLS = ("as it is", "the optimiser begins anew then, on another order", "the head looks at labels alone from then on")
+HEADS = ("helped", "off for as long", "never helped")  # what the head is until that moment
 N_ORDERS = 3  # of the data, under which a network without help is trained: how far times spread by chance
 
 
@@ -149,22 +150,12 @@ def looks(weights: Weights, head: int, sequences: Batch) -> dict[str, float]:
     return {name: share.mean().item() for name, share in found.items()}
 
 
-def looks_at_release(best: Sequence[int], help: Help, length: float, sequences: Batch) -> pd.DataFrame:
-    """Where heads look (`looks`) when help of this length from the start ends, the clamp taken off: a row per network and clamp,
-    and for "never helped" at the moment when the `SLOWEST` help ends. Column clamp, and those of `looks`."""
-    rows = []
-    for (i, name, start, this), (_, until) in help.windows.items():
-        if start == 0 and this == length:
-            found = {name: help.results[i, name, start, this]} | ({"never helped": help.unended[i, "nothing"]} if name == SLOWEST
-                                                                  else {})
-            rows += [{"clamp": clamp, **looks(released(result, until), best[i], sequences)} for clamp, result in found.items()]
-    return pd.DataFrame(rows, columns=["clamp", "labels", "right exemplar", "other exemplars", "itself"])
-
-
-def controls(settings: experiments.Settings, best: Sequence[int], help: Help, length: float, device: str = "cpu") -> pd.DataFrame:
-    """What could make help with a perfect Layer 1 do harm: times of the phase change over that without help, for help of this
-    length from the start. Columns clamp, what ("helped", or "never helped" with the same done at the same moment), control, run,
-    ratio. Under `SLOWEST` there are all of `CONTROLS`, under layer 1 the first and the last."""
+def controls(settings: experiments.Settings, best: Sequence[int], help: Help, length: float,
+             device: str = "cpu") -> Found:
+    """What could make help with a perfect Layer 1 do harm? For help of this length from the start, by (clamp, one of `HEADS`, one
+    of `CONTROLS`, network): a result, and its time of the phase change over that without help. Under `SLOWEST` there are all but a
+    new optimiser for a head that was off, under layer 1 the heads that were helped, and never, that look at labels alone."""
+    as_it_is, anew, looking = CONTROLS
     asked: dict[tuple[str, str, str, int], tuple[RunConfig, int]] = {}  # with the sequences that were seen before the run
     for (i, name, start, this), (_, until) in help.windows.items():
         if start or this != length or name not in ("layer 1", SLOWEST):
@@ -172,52 +163,64 @@ def controls(settings: experiments.Settings, best: Sequence[int], help: Help, le
         at, with_help, without = (1, best[i]), help.results[i, name, start, this], help.unended[i, "nothing"]
         run = replace(with_help.run, checkpoint_every=0)
         alone = experiments.single_head(run, best[i])
-        for what, each, result in (("helped", run, with_help), ("never helped", alone, without)):
-            looking = replace(each, clamps=(*each.clamps, During(LabelAttentionOnly(at), until)))
-            asked[name, what, CONTROLS[3], i] = looking, 0
-            if name == SLOWEST:
-                seen = max(n for n in result.checkpoints if n <= until)
-                anew = replace(alone, initial=result.checkpoints[seen], data_seed=run.data_seed + 1000,
-                               n_sequences=max(run.batch_size, run.n_sequences - seen))
-                asked[name, what, CONTROLS[1], i] = anew, seen
+        off = helped(alone, [Ablate(at)], (0, until))
+        asked[name, HEADS[0], as_it_is, i] = with_help.run, 0
         if name == SLOWEST:
-            asked[name, "helped", CONTROLS[2], i] = helped(alone, [Ablate(at)], (0, until)), 0
-    results = experiments.fetch_each({key: run for key, (run, _) in asked.items()}, device)
-    rows = []
-    for (name, what, control, i), (run, seen) in asked.items():
-        time = seen + time_without_help(results[name, what, control, i], _end_of_help(run))
-        never = help.times["nothing"].iloc[i]
-        rows.append((name, what, control, help.times.index[i], _over(time, never, seen + run.n_sequences)))
-    rows += [(row.clamp, "helped", CONTROLS[0], row.run, row.ratio) for row in help.table.itertuples()
-             if row.clamp in ("layer 1", SLOWEST) and row.start == 0 and row.length == length]
-    return pd.DataFrame(rows, columns=["clamp", "what", "control", "run", "ratio"])
+            asked[name, HEADS[1], as_it_is, i] = replace(off, checkpoint_every=until), 0
+        for head, each, result in ((HEADS[0], run, with_help), (HEADS[1], off, None), (HEADS[2], alone, without)):
+            if result or name == SLOWEST:
+                asked[name, head, looking, i] = replace(each, clamps=(*each.clamps, During(LabelAttentionOnly(at), until))), 0
+            if result and name == SLOWEST:
+                seen = max(n for n in result.checkpoints if n <= until)
+                asked[name, head, anew, i] = replace(
+                    alone, initial=result.checkpoints[seen], data_seed=run.data_seed + 1000,
+                    n_sequences=max(run.batch_size, run.n_sequences - seen)), seen
+    results, never = experiments.fetch_each({key: run for key, (run, _) in asked.items()}, device), help.times["nothing"]
+    return {key: (results[key], _over(seen + time_without_help(results[key], _end_of_help(run)), never.iloc[key[-1]],
+                                      seen + run.n_sequences)) for key, (run, seen) in asked.items()}
 
 
-def of_control(found: pd.DataFrame, clamp: str, what: str, control: str) -> list[float]:
+def of_control(found: Found, clamp: str, head: str, control: str) -> list[float]:
     """The ratios of one of the `controls`, one number per network."""
-    chosen = (found["clamp"] == clamp) & (found["what"] == what) & (found["control"] == control)
-    return found[chosen]["ratio"].tolist()
+    return [ratio for key, (_, ratio) in found.items() if key[:3] == (clamp, head, control)]
 
 
-def harm_in_words(looked: pd.DataFrame, found: pd.DataFrame) -> list[str]:
+def looks_at_release(best: Sequence[int], help: Help, found: Found, length: float, sequences: Batch) -> pd.DataFrame:
+    """Where heads look (`looks`) when help of this length from the start ends, the clamp taken off: a row per network and clamp,
+    and for a head that was off (from the `controls` found), or never helped, at the moment when the `SLOWEST` help ends. Column
+    clamp, and those of `looks`."""
+    rows = []
+    for (i, name, start, this), (_, until) in help.windows.items():
+        if start == 0 and this == length:
+            each = {name: help.results[i, name, start, this]}
+            if name == SLOWEST:
+                each |= {HEADS[1]: found[name, HEADS[1], CONTROLS[0], i][0], HEADS[2]: help.unended[i, "nothing"]}
+            rows += [{"clamp": clamp, **looks(released(result, until), best[i], sequences)} for clamp, result in each.items()]
+    return pd.DataFrame(rows, columns=["clamp", "labels", "right exemplar", "other exemplars", "itself"])
+
+
+def harm_in_words(looked: pd.DataFrame, found: Found) -> list[str]:
     """What `looks_at_release` and `controls` say of the `SLOWEST` help, in sentences; none where they are empty."""
-    if looked.empty or found.empty:
+    if looked.empty or not found:
         return []
     labels = looked.groupby("clamp")["labels"].median()
-    as_it_is, anew, idle, looking = (np.median(of_control(found, SLOWEST, "helped", control)) for control in CONTROLS)
-    base = np.median(of_control(found, SLOWEST, "never helped", CONTROLS[3]))
-    said = [f"When help with {SLOWEST} ends, the head puts {labels[SLOWEST]:.0%} of its attention on labels, and a head that was "
-            f"never helped {labels['never helped']:.0%}."]
-    if as_it_is <= 1.05:
-        return said
-    return said + [
-        f"If from then on it may look at labels alone, the phase change comes at {looking:.2f} of the time without help in place "
-        f"of {as_it_is:.2f}; without help, the same clamp from the same moment on gives {base:.2f}.",
-        "So most of the harm is in where the head looks." if looking - base < 0.5 * (as_it_is - 1) else
-        "So where the head looks explains less than half of the harm.",
-        "A new optimiser does not undo it." if anew > 1.05 else "With a new optimiser there is no harm.",
-        f"Nor is the head late because it was idle: one that is off for as long comes at {idle:.2f}." if idle < as_it_is else
-        f"A head that is off for as long comes at {idle:.2f}."]
+    as_it_is, anew, looking = (np.median(of_control(found, SLOWEST, HEADS[0], control)) for control in CONTROLS)
+    off, off_looking = (np.median(of_control(found, SLOWEST, HEADS[1], control)) for control in (CONTROLS[0], CONTROLS[2]))
+    base = np.median(of_control(found, SLOWEST, HEADS[2], CONTROLS[2]))
+    said = [f"When help with {SLOWEST} ends, the head puts {labels[SLOWEST]:.0%} of its attention on labels, one that was off for "
+            f"as long {labels[HEADS[1]]:.0%}, and one that was never helped {labels[HEADS[2]]:.0%}."]
+    if as_it_is > 1.05:
+        said += [
+            f"If from then on it may look at labels alone, the phase change comes at {looking:.2f} of the time without help in "
+            f"place of {as_it_is:.2f}; without help, the same clamp from the same moment on gives {base:.2f}.",
+            "So most of the harm is in where the head looks." if looking - base < 0.5 * (as_it_is - 1) else
+            "So where the head looks explains less than half of the harm.",
+            "A new optimiser does not undo it." if anew > 1.05 else "With a new optimiser there is no harm."]
+    if off > 1.05:
+        more = ": to take no part at the start costs more than that time itself, and more than such help does."
+        said.append(f"A head that is off for as long instead comes at {off:.2f}, and at {off_looking:.2f} if it may look at labels "
+                    "alone from then on" + (more if off > max(as_it_is, 1.3) else "."))
+    return said
 
 
 def _end_of_help(run: RunConfig) -> int:

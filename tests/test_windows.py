@@ -168,6 +168,7 @@ def test_what_the_controls_say_is_put_into_words():
     words = " ".join(said())
     assert "10% of its attention on labels" in words and "long 40%" in words and "So most of the harm" in words and "does not undo" in words
     assert "0.75 of the time without help in place of 1.60" in words and "gives 0.70" in words and "at 1.20, and at 0.90" in words
-    assert "less than half" in " ".join(said(free=1.5)) and "costs more" not in words and "costs more" in " ".join(said(off=1.9))
+    assert "less than half" in " ".join(said(free=1.5)) and "costs more" not in words and "more than such help" in " ".join(said(off=1.9))
+    assert "about as much as such help" in " ".join(said(off=1.65))
     assert len(said(late=0.9, off=1.0)) == 1  # no harm, nothing to explain
     assert windows.harm_in_words(looked, {}) == windows.harm_in_words(looked[:0], {(): (None, 1.0)}) == []

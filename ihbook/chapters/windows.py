@@ -156,6 +156,7 @@ def controls(settings: experiments.Settings, best: Sequence[int], help: Help, le
     of `CONTROLS`, network): a result, and its time of the phase change over that without help. Under `SLOWEST` there are all but a
     new optimiser for a head that was off, under layer 1 the heads that were helped, and never, that look at labels alone."""
     as_it_is, anew, looking = CONTROLS
+    usual = settings.length(6e5)  # enough for those that are not late
     asked: dict[tuple[str, str, str, int], tuple[RunConfig, int]] = {}  # with the sequences that were seen before the run
     for (i, name, start, this), (_, until) in help.windows.items():
         if start or this != length or name not in ("layer 1", SLOWEST):
@@ -169,12 +170,13 @@ def controls(settings: experiments.Settings, best: Sequence[int], help: Help, le
             asked[name, HEADS[1], as_it_is, i] = replace(off, checkpoint_every=until), 0
         for head, each, result in ((HEADS[0], run, with_help), (HEADS[1], off, None), (HEADS[2], alone, without)):
             if result or name == SLOWEST:
-                asked[name, head, looking, i] = replace(each, clamps=(*each.clamps, During(LabelAttentionOnly(at), until))), 0
+                free = During(LabelAttentionOnly(at), until)
+                asked[name, head, looking, i] = replace(each, clamps=(*each.clamps, free), n_sequences=usual), 0
             if result and name == SLOWEST:
                 seen = max(n for n in result.checkpoints if n <= until)
                 asked[name, head, anew, i] = replace(
                     alone, initial=result.checkpoints[seen], data_seed=run.data_seed + 1000,
-                    n_sequences=max(run.batch_size, run.n_sequences - seen)), seen
+                    n_sequences=max(run.batch_size, (run.n_sequences if head == HEADS[0] else usual) - seen)), seen
     results, never = experiments.fetch_each({key: run for key, (run, _) in asked.items()}, device), help.times["nothing"]
     return {key: (results[key], _over(seen + time_without_help(results[key], _end_of_help(run)), never.iloc[key[-1]],
                                       seen + run.n_sequences)) for key, (run, seen) in asked.items()}
@@ -217,9 +219,11 @@ def harm_in_words(looked: pd.DataFrame, found: Found) -> list[str]:
             "So where the head looks explains less than half of the harm.",
             "A new optimiser does not undo it." if anew > 1.05 else "With a new optimiser there is no harm."]
     if off > 1.05:
-        more = ": to take no part at the start costs more than that time itself, and more than such help does."
+        more = "more than" if off > as_it_is + 0.1 else "about as much as"
         said.append(f"A head that is off for as long instead comes at {off:.2f}, and at {off_looking:.2f} if it may look at labels "
-                    "alone from then on" + (more if off > max(as_it_is, 1.3) else "."))
+                    "alone from then on"
+                    + (f": to take no part at the start costs more than that time itself, and {more} such help."
+                       if off > max(as_it_is - 0.1, 1.3) else "."))
     return said
 
 

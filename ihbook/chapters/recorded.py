@@ -32,7 +32,8 @@ class Recorded:
     def origin(self) -> str:
         """Where the table comes from, in a sentence."""
         of, seeds = self.provenance, self.provenance["seeds"]
-        return (f"Recorded on {of['date']} on {self.bank}: seeds {min(seeds)} to {max(seeds)}, {of['runs']:,} runs, "
+        named = f"seeds {min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"seed {seeds[0]}"
+        return (f"Recorded on {of['date']} on {self.bank}: {named}, {of['runs']:,} runs, "
                 f"{of['run_steps'] / 1e6:.1f} million run-steps. To measure it again: `{of['command']}`.")
 
     @property

@@ -50,7 +50,7 @@ def crossed(table: pd.DataFrame) -> pd.DataFrame:
             kind = name.split(" pairs, ")[1] if "n_labels" not in changed else "2 layers, labels in proportion"
             found.setdefault(kind, {})[f"{changed['n_pairs']} pairs"] = " / ".join(
                 "never" if math.isinf(time) else f"{time:,.0f}" for time in medians.loc[name])
-    return pd.DataFrame(found)
+    return pd.DataFrame(found).fillna("–")
 
 
 def said_of_crossed(table: pd.DataFrame) -> list[str]:

@@ -33,19 +33,15 @@ class Recorded:
         """Where the table comes from, in a sentence."""
         of, seeds = self.provenance, self.provenance["seeds"]
         named = f"seeds {min(seeds)} to {max(seeds)}" if len(seeds) > 1 else f"seed {seeds[0]}"
-        return (f"Recorded on {of['date']} on {self.bank}: {named}, {of['runs']:,} runs, "
+        return (f"Recorded on {of['date']} on {of['bank']['name']}: {named}, {of['runs']:,} runs, "
                 f"{of['run_steps'] / 1e6:.1f} million run-steps. To measure it again: `{of['command']}`.")
-
-    @property
-    def bank(self) -> str:
-        return self.provenance["bank"]["name"]
 
 
 def write(folder: str | Path, name: str, table: pd.DataFrame, settings: Settings, runs: Sequence[RunConfig], command: str) -> None:
     """Record a table as `name`.json, whole or not at all. `runs` are those that it was computed from. Raises OSError."""
     origin = evidence.provenance(settings, list(settings.seeds))
     del origin["stored_runs"]
-    origin |= {"runs": len(runs), "run_steps": sum(-(-run.n_sequences // run.batch_size) for run in runs), "command": command}
+    origin |= {"runs": len(runs), "run_steps": sum(run.n_steps for run in runs), "command": command}
     rows = [[evidence.plain(x) for x in row] for row in table.itertuples(index=False)]
     found = {"form": FORM, "name": name, "provenance": origin, "columns": list(table.columns), "rows": rows}
     with writing(Path(folder) / f"{name}.json") as partial:

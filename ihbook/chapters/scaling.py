@@ -26,8 +26,7 @@ ALONG = {"two pairs": {}, "four pairs": {"n_pairs": 4}, "eight pairs": {"n_pairs
 
 CROSSED = {f"{k} pairs, {d} layers" + ", MLPs" * bool(m): {"n_pairs": k, "n_layers": d, "mlp_ratio": float(m)}
            for k in (2, 4, 8) for d in (2, 3, 4) for m in (0, 4)} | {
-    "4 pairs, 2 layers, 20 labels": {"n_pairs": 4, "n_layers": 2, "mlp_ratio": 0.0, "n_labels": 20}}  # for the recorded table:
-#   every combination, and one longer context with as many labels per pair as the shorter ones have
+    "4 pairs, 2 layers, 20 labels": {"n_pairs": 4, "n_layers": 2, "mlp_ratio": 0.0, "n_labels": 20}}  # as many labels per pair
 
 
 def variant(settings: Settings, changed: Mapping[str, object]) -> Settings:

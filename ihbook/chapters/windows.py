@@ -134,9 +134,14 @@ def _with_checkpoints(run: RunConfig, key: tuple[str, float, float], until: int,
                    n_sequences=round(run.n_sequences * (1.5 if name == SLOWEST else 1)))
 
 
+def last_checkpoint(result: Result, until: int) -> int:
+    """The last checkpoint of a run at or before `until`, in sequences seen."""
+    return max(seen for seen in result.checkpoints if seen <= until)
+
+
 def released(result: Result, until: int) -> Weights:
-    """The weights of the last checkpoint of a run at or before `until`."""
-    return result.checkpoints[max(seen for seen in result.checkpoints if seen <= until)]
+    """The weights of that checkpoint."""
+    return result.checkpoints[last_checkpoint(result, until)]
 
 
 def looks(weights: Weights, head: int, sequences: Batch) -> dict[str, float]:
@@ -173,7 +178,7 @@ def controls(settings: experiments.Settings, best: Sequence[int], help: Help, le
                 free = During(LabelAttentionOnly(at), until)
                 asked[name, head, looking, i] = replace(each, clamps=(*each.clamps, free), n_sequences=usual), 0
             if result and name == SLOWEST:
-                seen = max(n for n in result.checkpoints if n <= until)
+                seen = last_checkpoint(result, until)
                 asked[name, head, anew, i] = replace(
                     alone, initial=result.checkpoints[seen], data_seed=run.data_seed + 1000,
                     n_sequences=max(run.batch_size, (run.n_sequences if head == HEADS[0] else usual) - seen)), seen

@@ -57,6 +57,12 @@ def test_a_low_loss_counts_only_without_help():
     assert math.isnan(windows.time_without_help(helped, 3200))
 
 
+def test_a_run_ends_when_it_is_clear_whether_it_learns():
+    usual = replace(RUN, n_sequences=64_000)
+    assert windows.long_enough(usual, 20_001.5).n_sequences == 25_002  # 1.25 times, and no less
+    assert windows.long_enough(usual, 60_000) == windows.long_enough(usual, math.nan) == usual
+
+
 def test_the_loss_when_help_ends_is_the_first_without_it():
     helped = a_result({0: 1.6, 640: 0.1, 1280: 0.8})
     assert experiments.loss_from(helped, 650) == 0.8 and experiments.loss_from(helped, 640) == 0.1
@@ -146,6 +152,7 @@ def test_the_controls_differ_from_the_help_in_one_thing():
     assert free[was_helped].clamps[1:-1] == tuple(During(clamp, *window) for clamp in ways[windows.SLOWEST])
     assert free[was_off].clamps[1:-1] == (During(Ablate((1, 2)), *window),) and len(free[never].clamps) == 2
     restarted = asked[windows.SLOWEST, was_helped, anew, 0]
+    assert {run.n_sequences for run in free.values()} == {math.ceil(1.25 * help.times["nothing"].iloc[0])}  # and no longer
     assert restarted.clamps == alone.clamps and restarted.data_seed != alone.data_seed and restarted.initial is WEIGHTS
     [late], [usual] = (windows.of_control(found, windows.SLOWEST, was_helped, control) for control in (anew, as_it_is))
     assert late - usual == pytest.approx(1_280 / help.times["nothing"].iloc[0])  # the help's own time is counted

@@ -24,6 +24,8 @@ TOY_LEVEL = 0.4  # of the loss of learning nothing: as the threshold of a phase 
 GIVEN = {"layer 1": ("a",), "match": ("a", "b")}  # vectors that stand for a clamp
 ALIKE = {"copy": "layer 1", "layer 1 and copy": "match"}  # the toy's vectors are exchangeable: only their number matters
 SLOWEST = "layer 1 and copy"  # help after which some networks need more than the usual length
+PERFECT_LAYER_1 = ("layer 1", SLOWEST)  # help that can make a network much later
+ENOUGH = 1.25  # times without help: a run that has not learnt by then counts as one that never does
 CONTROLS = ("as it is", "the optimiser begins anew then, on another order", "the head looks at labels alone from then on")
 HEADS = ("helped", "off for as long", "never helped")  # what the head is until that moment
 N_ORDERS = 3  # of the data, under which a network without help is trained: how far times spread by chance
@@ -64,6 +66,11 @@ def grid(run: RunConfig, ways: Mapping[str, Sequence[Clamp]], never: float, alwa
     return {key: (helped(run, ways[key[0]], window), window) for key, window in windows.items()}
 
 
+def long_enough(run: RunConfig, never: float) -> RunConfig:
+    """The run, but no longer than it takes to tell whether it learns: `ENOUGH` times the time without help (`never`)."""
+    return run if math.isnan(never) else replace(run, n_sequences=min(run.n_sequences, math.ceil(ENOUGH * never)))
+
+
 def time_without_help(result: Result, until: int) -> float:
     """Sequences seen when the training loss is first below the threshold of a phase change once the help has ended, `until`."""
     losses = experiments.curve(result).set_index("sequences")["value"]
@@ -77,7 +84,7 @@ class Help:
     data in `others`, by (network, order), and a `table`, one row per window: clamp, start, length, run (the seed), never, from,
     until, time (of the phase change once the help has ended), ratio (time over never), net (the same without the help's own time),
     and loss_after (nats, at the first evaluation without help). A ratio is infinite where the run never gets there, and NaN where
-    it ends too soon to tell: at less than 1.25 times never. Runs that are helped from the start have a checkpoint when the help
+    it ends too soon to tell: before `ENOUGH` times never. Runs that are helped from the start have a checkpoint when the help
     ends or, with a match, before."""
 
     unended: dict[tuple[int, str], Result]
@@ -110,7 +117,7 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
         ways = {name: clamps for name, clamps in experiments.six_ways(head, pt).items() if clamps}
         never, *_ = times = [experiments.phase_change(unended[i, name]) for name in ("nothing", *ways)]
         found = grid(alone[i], ways, never, dict(zip(ways, times[1:], strict=True)), starts, lengths)
-        asked |= {(i, *key): (_with_checkpoints(run, key, window[1], settings), window, never)
+        asked |= {(i, *key): (_as_asked(run, key, window[1], never, settings), window, never)
                   for key, (run, window) in found.items()}
     results = experiments.fetch_each({key: run for key, (run, _, _) in asked.items()}, device)
     rows = []
@@ -125,9 +132,13 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
     return Help(unended, others, {key: window for key, (_, window, _) in asked.items()}, results, table)
 
 
-def _with_checkpoints(run: RunConfig, key: tuple[str, float, float], until: int, settings: experiments.Settings) -> RunConfig:
-    """A window's run with the checkpoints that `Help` names, and longer after the `SLOWEST` help."""
+def _as_asked(run: RunConfig, key: tuple[str, float, float], until: int, never: float,
+              settings: experiments.Settings) -> RunConfig:
+    """A window's run with the checkpoints that `Help` names, `long_enough` unless Layer 1 was perfect, and longer after the
+    `SLOWEST` help."""
     name, start, _ = key
+    if name not in PERFECT_LAYER_1:
+        run = long_enough(run, never)
     if start:
         return run
     return replace(run, checkpoint_every=settings.every(10_000) if name == "match" else until,
@@ -161,13 +172,12 @@ def controls(settings: experiments.Settings, best: Sequence[int], help: Help, le
     of `CONTROLS`, network): a result, and its time of the phase change over that without help. Under `SLOWEST` there are all but a
     new optimiser for a head that was off, under layer 1 the heads that were helped, and never, that look at labels alone."""
     as_it_is, anew, looking = CONTROLS
-    usual = settings.length(6e5)  # enough for those that are not late
     asked: dict[tuple[str, str, str, int], tuple[RunConfig, int]] = {}  # with the sequences that were seen before the run
     for (i, name, start, this), (_, until) in help.windows.items():
-        if start or this != length or name not in ("layer 1", SLOWEST):
+        if start or this != length or name not in PERFECT_LAYER_1:
             continue
         at, with_help, without = (1, best[i]), help.results[i, name, start, this], help.unended[i, "nothing"]
-        run = replace(with_help.run, checkpoint_every=0)
+        run, never = replace(with_help.run, checkpoint_every=0), help.times["nothing"].iloc[i]
         alone = experiments.single_head(run, best[i])
         off = helped(alone, [Ablate(at)], (0, until))
         asked[name, HEADS[0], as_it_is, i] = with_help.run, 0
@@ -176,15 +186,17 @@ def controls(settings: experiments.Settings, best: Sequence[int], help: Help, le
         for head, each, result in ((HEADS[0], run, with_help), (HEADS[1], off, None), (HEADS[2], alone, without)):
             if result or name == SLOWEST:
                 free = During(LabelAttentionOnly(at), until)
-                asked[name, head, looking, i] = replace(each, clamps=(*each.clamps, free), n_sequences=usual), 0
+                asked[name, head, looking, i] = long_enough(replace(each, clamps=(*each.clamps, free)), never), 0
             if result and name == SLOWEST:
                 seen = last_checkpoint(result, until)
+                whole = run if head == HEADS[0] else long_enough(run, never)
                 asked[name, head, anew, i] = replace(
                     alone, initial=result.checkpoints[seen], data_seed=run.data_seed + 1000,
-                    n_sequences=max(run.batch_size, (run.n_sequences if head == HEADS[0] else usual) - seen)), seen
-    results, never = experiments.fetch_each({key: run for key, (run, _) in asked.items()}, device), help.times["nothing"]
-    return {key: (results[key], _over(seen + time_without_help(results[key], _end_of_help(run)), never.iloc[key[-1]],
-                                      seen + run.n_sequences)) for key, (run, seen) in asked.items()}
+                    n_sequences=max(run.batch_size, whole.n_sequences - seen)), seen
+    results = experiments.fetch_each({key: run for key, (run, _) in asked.items()}, device)
+    return {key: (results[key], _over(seen + time_without_help(results[key], _end_of_help(run)),
+                                      help.times["nothing"].iloc[key[-1]], seen + run.n_sequences))
+            for key, (run, seen) in asked.items()}
 
 
 def of_control(found: Found, clamp: str, head: str, control: str) -> list[float]:
@@ -239,7 +251,7 @@ def _end_of_help(run: RunConfig) -> int:
 
 def _over(time: float, never: float, length: float) -> float:
     """A time over that without help: infinite where the run never gets there, NaN where it ends too soon to tell."""
-    return math.inf if math.isnan(time) and length >= 1.25 * never else time / never
+    return math.inf if math.isnan(time) and length >= ENOUGH * never else time / never
 
 
 def lesions(settings: experiments.Settings, head: int, nth: int = 0) -> tuple[dict[str, RunConfig], Window]:

@@ -121,23 +121,28 @@ def column_name(settings: Settings) -> str:
     return settings.bank + f"-{settings.embedding}" * (settings.embedding != "auto")
 
 
-def provenance(settings: Settings, seeds: Sequence[int], chapters: Sequence[str] = ()) -> dict[str, Any]:
-    """Where a column's numbers come from: code, data, networks, and the command that measures them again."""
+def stamp(settings: Settings, seeds: Sequence[int], command: str) -> dict[str, Any]:
+    """Where numbers come from: code, data, networks, and the command that measures them again."""
     bank = load_bank(settings.run().bank)
-    runs = [entry.config["run"] for entry in Store().entries() if entry.config.get("bank", {}).get("digest") == bank.digest]
-    steps = sum(-(-run["n_sequences"] // run["batch_size"]) for run in runs)
-    options = "".join(f" --{name} {value}" for name, value in (
-        ("bank", settings.bank), ("bank-path", settings.bank_path and "FILE"), ("embedding", settings.embedding),
-        ("profile", settings.profile)) if value)
     return {"ihbook": version("ihbook"), "engine": engine.VERSION, "commit": commit(), "date": time.strftime("%Y-%m-%d"),
             "settings": {name: value for name, value in asdict(settings).items()
                          if name not in ("device", "bank_path", "seed", "n_seeds")},
             "seeds": list(map(int, seeds)),
             "bank": {"name": settings.bank, "embedding": bank.metadata["embedding"], "source": bank.metadata["source"],
                      "digest": bank.digest},
-            "stored_runs": len(runs), "run_steps": steps,
-            "command": f"python -m ihbook evidence{options} --seeds {' '.join(map(str, seeds))}"
-                       + f" --chapters {' '.join(chapters)}" * bool(chapters)}
+            "command": command}
+
+
+def provenance(settings: Settings, seeds: Sequence[int], chapters: Sequence[str] = ()) -> dict[str, Any]:
+    """The `stamp` of a column, with the number of runs on its bank that are in the store, and their steps."""
+    options = "".join(f" --{name} {value}" for name, value in (
+        ("bank", settings.bank), ("bank-path", settings.bank_path and "FILE"), ("embedding", settings.embedding),
+        ("profile", settings.profile)) if value)
+    found = stamp(settings, seeds, f"python -m ihbook evidence{options} --seeds {' '.join(map(str, seeds))}"
+                   + f" --chapters {' '.join(chapters)}" * bool(chapters))
+    runs = [entry.config["run"] for entry in Store().entries()
+            if entry.config.get("bank", {}).get("digest") == found["bank"]["digest"]]
+    return found | {"stored_runs": len(runs), "run_steps": sum(-(-run["n_sequences"] // run["batch_size"]) for run in runs)}
 
 
 def commit() -> str | None:

@@ -39,11 +39,10 @@ class Recorded:
 
 def write(folder: str | Path, name: str, table: pd.DataFrame, settings: Settings, runs: Sequence[RunConfig], command: str) -> None:
     """Record a table as `name`.json, whole or not at all. `runs` are those that it was computed from. Raises OSError."""
-    origin = evidence.provenance(settings, list(settings.seeds))
-    del origin["stored_runs"]
-    origin |= {"runs": len(runs), "run_steps": sum(run.n_steps for run in runs), "command": command}
+    provenance = evidence.stamp(settings, settings.seeds, command) | {
+        "runs": len(runs), "run_steps": sum(run.n_steps for run in runs)}
     rows = [[evidence.plain(x) for x in row] for row in table.itertuples(index=False)]
-    found = {"form": FORM, "name": name, "provenance": origin, "columns": list(table.columns), "rows": rows}
+    found = {"form": FORM, "name": name, "provenance": provenance, "columns": list(table.columns), "rows": rows}
     with writing(Path(folder) / f"{name}.json") as partial:
         text = json.dumps({**found, "rows": None}, indent=1, ensure_ascii=False)
         lines = ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pandas as pd
-from matplotlib.axes import Axes
+from IPython.display import HTML
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from ihbook.chapters.pictures import INK, MUTED, Picture, in_style
@@ -15,8 +15,17 @@ A, B, C = "#0072B2", "#D55E00", "#009E73"  # the subcircuits' colours, as in cir
 TOKENS = (("$a$", "exemplar"), ("3", "label"), ("$b$", "exemplar"), ("0", "label"), ("$a$", "query"))
 
 
-def _circuit(axes: Axes) -> None:
+def argument(curves: pd.DataFrame, colour: Mapping[str, str], n_ways: int = 2) -> HTML:
+    """The circuit, and the losses of Figure 5b: `curves` has the columns group (what is clamped), run, sequences and value (nats);
+    `colour` maps groups to colours. A line is the median over runs. On a narrow page the second picture stands below the first."""
+    return HTML(f'<div class="beside">{_circuit()._repr_html_()}{_waits(curves, colour, n_ways)._repr_html_()}</div>')
+
+
+@in_style
+def _circuit() -> Picture:
     """Five tokens, and the three subcircuits as arrows between their streams."""
+    figure = Picture(figsize=(4.4, 3.5))
+    axes = figure.subplots()
     for x, (token, kind) in enumerate(TOKENS):
         label = kind == "label"
         axes.add_patch(FancyBboxPatch((x - 0.26, -0.26), 0.52, 0.52, boxstyle="round,pad=0.05", fc="#eef3f8" if label else "white",
@@ -43,28 +52,26 @@ def _circuit(axes: Axes) -> None:
     axes.set(xlim=(-0.6, 5.1), ylim=(-0.75, 3.75))
     axes.axis("off")
     axes.set_title("A circuit of three parts …")
+    figure.alt = ("The circuit: Layer 1 copies each exemplar onto its label token (A); Layer 2 matches the query with that copy "
+                  "(B), and copies the label to the answer (C).")
+    return figure
 
 
 @in_style
-def argument(curves: pd.DataFrame, colour: Mapping[str, str], n_ways: int = 2) -> Picture:
-    """The circuit, and the losses of Figure 5b: `curves` has the columns group (what is clamped), run, sequences and value (nats);
-    `colour` maps groups to colours. A line is the median over runs."""
-    figure = Picture(figsize=(9.6, 3.5))
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
-    _circuit(left)
-    last, words = curves["sequences"].max(), []
+def _waits(curves: pd.DataFrame, colour: Mapping[str, str], n_ways: int) -> Picture:
+    """Figure 5b's losses, each as the median over runs."""
+    figure = Picture(figsize=(5.2, 3.5))
+    axes, last, words = figure.subplots(), curves["sequences"].max(), []
     for name, hue in colour.items():
         median = curves[curves["group"] == name].groupby("sequences")["value"].median()
-        right.plot(median.index, median, color=hue, label=name, lw=2.4 if name == "nothing" else 1.7)
+        axes.plot(median.index, median, color=hue, label=name, lw=2.4 if name == "nothing" else 1.7)
         below = median.index[median < threshold(n_ways)]
         when = f"below {threshold(n_ways):.2f} at {below[0]:,.0f}" if len(below) else "never that low"
         words.append(f"{name} clamped: {when}")
-    right.set(xlim=(0, last), ylim=(0, min(1.7, curves["value"].max())), ylabel="training loss (nats)", xlabel="sequences seen")
-    right.xaxis.set_major_formatter(lambda x, _: "0" if x == 0 else f"{x / 1e3:g} k")
-    right.set_title("… waits until some of it is given")
-    right.legend(title="clamped throughout training", frameon=False, fontsize=9, title_fontsize=9, labelcolor="linecolor",
-                 loc="upper right", labelspacing=0.25)
-    figure.alt = ("Left, the circuit: Layer 1 copies each exemplar onto its label token (A); Layer 2 matches the query with that "
-                  "copy (B), and copies the label to the answer (C). Right, training loss against sequences seen: "
-                  + "; ".join(words) + ".")
+    axes.set(xlim=(0, last), ylim=(0, min(1.7, curves["value"].max())), ylabel="training loss (nats)", xlabel="sequences seen")
+    axes.xaxis.set_major_formatter(lambda x, _: "0" if x == 0 else f"{x / 1e3:g} k")
+    axes.set_title("… waits until some of it is given")
+    axes.legend(title="clamped throughout training", frameon=False, fontsize=9, title_fontsize=9, labelcolor="linecolor",
+                loc="upper right", labelspacing=0.25)
+    figure.alt = "Training loss against sequences seen: " + "; ".join(words) + "."
     return figure

@@ -49,7 +49,7 @@ class Picture(Figure):
     def _repr_html_(self) -> str:
         source = base64.b64encode(self._repr_png_()).decode()
         return (f'<img alt="{html.escape(self.alt)}" src="data:image/png;base64,{source}" '
-                f'style="width: {self.get_figwidth():.1f}in; max-width: 100%; height: auto">')
+                f'style="--width: {self.get_figwidth():.1f}in; width: var(--width); max-width: 100%; height: auto">')
 
 
 def in_style(function: Callable[..., Picture]) -> Callable[..., Picture]:

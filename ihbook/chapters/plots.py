@@ -59,6 +59,8 @@ def table(rows: pd.DataFrame, digits: int = 3, *, index: bool = True) -> pd.io.f
     left = list(dict.fromkeys(words + heads))
     styler = styler.set_properties(**{"text-align": "right"}).set_properties(subset=left, **{"text-align": "left"})
     styler = styler.set_properties(subset=heads, **{"font-weight": "600"})
+    sentences = [name for name in ("claim", "prediction") if name in rows]  # which need room on a narrow page (book.css)
+    styler = styler.set_td_classes(pd.DataFrame("sentence", rows.index, sentences))
     styler = styler.map(lambda cell: VERDICTS.get(str(cell).split(" · ")[0], ""), subset=words)
     return styler if index else styler.hide()
 

@@ -67,6 +67,15 @@ def test_the_best_of_several_guessers():
     assert claims.best_guesser(2, 7) == 1.0 and math.isnan(claims.best_guesser(0, 7))
 
 
+def test_what_a_head_fills_in_is_compared_with_its_labels():
+    """A head that is as often right as on these labels elsewhere does no more than they give, and no less."""
+    same, more, fewer = (200, 0.9, 0.9), (200, 0.99, 0.8), (200, 0.6, 0.9)
+    assert "matter of labels" in claims.beyond_labels([same], 7) and "fewer" not in claims.beyond_labels([same], 7)
+    assert "In 1 of 2 networks it gets clearly fewer" in claims.beyond_labels([same, fewer], 7)
+    assert "In 1 of 3 networks the head gets clearly more" in claims.beyond_labels([same, fewer, more], 7)
+    assert "Nowhere" in claims.beyond_labels([(5, 1.0, 0.8)], 7)  # five right of five may be luck
+
+
 def test_seeds_without_a_number_are_named():
     assert judge("pt-faster", [0.5, math.inf, math.nan], seeds=[5, 6, 7]).without == [6, 7]
     with pytest.raises(ValueError, match="2 numbers and 1 seeds"):

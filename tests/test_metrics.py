@@ -162,10 +162,17 @@ def test_networks_that_are_measured_together_are_of_one_architecture(networks, b
 
 def test_who_is_right_where_the_first_is_wrong(networks, batch):
     lists = [(clamps.Ablate((1, h)),) for h in range(3)]
-    n, shares = experiments.right_instead(networks[0], batch, lists)
+    n, shares, by_label = experiments.right_instead(networks[0], batch, lists)
     first, *others = metrics.correct(networks[0], batch, lists)
     assert n == (~first).sum() > 0
     assert shares == pytest.approx([(each[~first]).double().mean().item() for each in others])
+    labels = batch.targets[0].tolist()
+    for each, expected in zip(others, by_label, strict=True):  # as often right as on all sequences with the same right label
+        of = {label: np.mean([ok for ok, this in zip(each.tolist(), labels, strict=True) if this == label]) for label in set(labels)}
+        assert expected == pytest.approx(np.mean([of[label] for label, ok in zip(labels, first.tolist(), strict=True) if not ok]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "correct", lambda weights, batch, clamps: torch.ones(len(clamps), 8, dtype=torch.bool))
+        assert experiments.right_instead(networks[0], batch, lists) == (0, [], [])  # the first makes no mistake
 
 
 def test_half_way_up_is_interpolated():

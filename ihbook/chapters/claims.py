@@ -214,6 +214,18 @@ def best_guesser(n_questions: int, n_guessers: int, chance: float = 0.5) -> floa
     return float(stats.binom.ppf(each, n_questions, chance)) / n_questions
 
 
+def beyond_labels(found: Sequence[tuple[int, float, float]], n_guessers: int) -> str:
+    """Whether the best of several heads does more than its labels give, in words. `found` has for each network a number of
+    sequences, the share that the head gets right, and the share if only the label mattered (Tables 2 and 3)."""
+    more = sum(share > best_guesser(n, n_guessers, by_label) for n, share, by_label in found)
+    fewer = sum(stats.binom.cdf(round(share * n), n, by_label) < (1 - COVERAGE) / 2 for n, share, by_label in found)
+    if more:
+        return f"In {more} of {len(found)} networks the head gets clearly more right than that: labels are not all there is to it."
+    return ("Nowhere does the head get clearly more right than that: what it fills in is a matter of labels."
+            + f" In {fewer} of {len(found)} networks it gets clearly fewer: what the strongest gets wrong of a label is hard for "
+              "the other head too." * bool(fewer))
+
+
 def judge(claim: str | Claim, values: float | Sequence[float], seeds: Sequence[int] = ()) -> Verdict:
     """The verdict on a claim (a key of the book's claims, or a claim of your own), from one number per seed (NaN: no number).
 

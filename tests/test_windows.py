@@ -99,10 +99,11 @@ def test_the_toy_model_has_the_same_windows():
 
 
 def test_a_run_that_never_gets_there_is_the_slowest():
-    table = pd.DataFrame({"clamp": "match", "start": 0, "length": [1, 1, 1, 2], "ratio": [0.5, math.nan, math.nan, 0.7]})
+    table = pd.DataFrame({"clamp": "match", "start": 0, "length": [1, 1, 1, 2], "ratio": [0.5, math.inf, math.inf, 0.7]})
     found = windows.medians(table)["match"]
     assert math.isinf(found.loc[1, 0]) and found.loc[2, 0] == 0.7
-    assert windows.medians(table.assign(net=0.0))["match"].loc[1, 0] == 0.5  # a network's NaN is one that ended too soon to tell
+    too_soon = table.assign(ratio=table["ratio"].replace(math.inf, math.nan))  # a run that ended too soon to tell
+    assert windows.medians(too_soon)["match"].loc[1, 0] == 0.5
     picture = pictures.ratio_maps({"network": {"match": found}, "toy model": {"match": found, "copy": found}}, "start", "length")
     assert "network, match: inf at start 0 and length 1, 0.70 at start 0 and length 2" in picture.alt and "toy model, copy" in picture.alt
 

@@ -266,8 +266,8 @@ def lesions(settings: experiments.Settings, head: int, nth: int = 0) -> tuple[di
 
 def of_toy(seeds: Sequence[int], starts: Sequence[float], lengths: Sequence[float], n_iterations: int = 1500) -> pd.DataFrame:
     """The same windows in the toy model, one row per draw, clamp and window: columns clamp, start, length, run (the draw), ratio
-    (the time of the drop over that without help), loss_after (when the help ends, in units of the loss of learning nothing). Where
-    clamps give as many vectors they have the same draws (`ALIKE`)."""
+    (the time of the drop over that without help, infinite where there is none), loss_after (when the help ends, in units of the
+    loss of learning nothing). Where clamps give as many vectors they have the same draws (`ALIKE`)."""
     seeds = list(seeds)
 
     def losses(given: Sequence[str], first: Sequence[float] | float, last: Sequence[float] | float, draws: list[int]) -> np.ndarray:
@@ -286,7 +286,8 @@ def of_toy(seeds: Sequence[int], starts: Sequence[float], lengths: Sequence[floa
         first = [at for *_, at in cases]
         last = [at + max(1, round(length * need(never[i], always[i]))) for _, length, i, at in cases]
         found = losses(given, first, last, [seeds[i] for *_, i, _ in cases])
-        rows += [{"clamp": clamp, "start": start, "length": length, "run": seeds[i], "ratio": time / never[i],
+        rows += [{"clamp": clamp, "start": start, "length": length, "run": seeds[i],
+                  "ratio": math.inf if math.isnan(time) else time / never[i],
                   "loss_after": found[until, column] if until <= n_iterations else math.nan}
                  for column, ((start, length, i, _), until, time) in enumerate(zip(cases, last, times(found, last), strict=True))]
     found = pd.DataFrame(rows, columns=["clamp", "start", "length", "run", "ratio", "loss_after"])
@@ -294,7 +295,6 @@ def of_toy(seeds: Sequence[int], starts: Sequence[float], lengths: Sequence[floa
 
 
 def medians(table: pd.DataFrame, column: str = "ratio") -> dict[str, pd.DataFrame]:
-    """The median of a column over runs, by clamp: length × start. In a toy's table NaN is a draw that never gets there."""
-    filled = table.assign(**{column: table[column].fillna(math.inf)}) if "net" not in table else table
+    """The median of a column over runs, by clamp: length × start."""
     return {clamp: rows.pivot_table(index="length", columns="start", values=column, aggfunc="median")
-            for clamp, rows in filled.groupby("clamp", sort=False)}
+            for clamp, rows in table.groupby("clamp", sort=False)}

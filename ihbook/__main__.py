@@ -75,12 +75,13 @@ def _evidence(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         seeds = sweep.grid([["seed", *options.seeds]])["seed"]
         name = options.name or evidence.column_name(settings)
         out = Path(options.out or Path(options.book) / "evidence" / f"{name}.json")
+        there = evidence.read(out) if out.exists() else None
+        if there:  # before anything is measured that could not stand in it
+            evidence.check_same(there, evidence.stamp(settings, seeds, ""))
         with sweep.executor_for(options.processes, options.scheduler) as executor:
             column = evidence.measure(options.book, settings, seeds, default_root() / "evidence" / name, name=name,
                                       chapters=options.chapters, executor=executor)
-        if options.chapters and out.exists():
-            column = evidence.merged(evidence.read(out), column)
-        evidence.write(column, out)
+        evidence.write(evidence.merged(there, column) if there else column, out)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         parser.exit(2, f"{error}\n")
     print(f"{out}: " + ", ".join(f"{n} {word}" for word, n in evidence.counts(column).items()))
@@ -132,7 +133,7 @@ def _list(where: Store) -> int:
     for entry in where.entries():
         run = entry.config.get("run", {})
         clamps = " + ".join(clamp.get("type", "?") for clamp in run.get("clamps", [])) or "no clamp"
-        task, bank = run.get("task", {}), run.get("bank", {})
+        task, bank = run.get("task", {}), entry.config.get("bank", {})
         print(f"{entry.folder.name:36} {time.strftime('%Y-%m-%d %H:%M', time.localtime(entry.written))} "
               f"{entry.size / 1e6:8.1f} MB  {bank.get('name', 'damaged')}, C={task.get('n_classes')}, L={task.get('n_labels')}, "
               f"seed {run.get('init_seed')}, {clamps}")

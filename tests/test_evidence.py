@@ -95,7 +95,7 @@ def test_every_claim_says_why_since_when_and_what_refutes_it():
 
 def some_column():
     values = {"plateau": (0.7, 0.75, math.nan), "all-pt": (0.8, math.inf, 0.9), "seeds-change": (1.0,)}
-    return evidence.Column("mine", evidence.provenance(Settings("quick"), [5, 6, 7]), [
+    return evidence.Column("mine", evidence.provenance(Settings("quick"), [5, 6, 7], "a command"), [
         Verdict(claim, values.get(key, ()), (5, 6, 7) if len(values.get(key, ())) == 3 else ())
         for key, claim in claims.CLAIMS.items()])
 
@@ -131,12 +131,31 @@ def test_some_chapters_can_have_more_seeds(tmp_path, monkeypatch):
     old = some_column()
     more = [Verdict(claim, (0.7,) * 4 if key == "plateau" else (), (5, 6, 7, 8) if key == "plateau" else ())
             for key, claim in claims.CLAIMS.items()]
-    new = evidence.Column("mine", evidence.provenance(Settings("quick"), [5, 6, 7, 8], ["02_phase_change"]), more)
+    new = evidence.Column("mine", evidence.provenance(Settings("quick"), [5, 6, 7, 8], "another"), more)
     both = evidence.merged(old, new)
     assert both["plateau"].n == 4 and both["all-pt"] == old["all-pt"] and both.provenance["seeds"] == [5, 6, 7, 8]
-    assert both.provenance["command"].endswith("--seeds 5 6 7 8 --chapters 02_phase_change")
-    with pytest.raises(ValueError, match="mine: the column that is there is of another bank"):
-        evidence.merged(replace(old, provenance={**old.provenance, "bank": {"digest": "0"}}), new)
+    assert both.provenance["command"] == "a command; another"
+    for other, what in (({"bank": {"digest": "0"}}, "digest of its bank"), ({"engine": 0}, "engine"),
+                        ({"settings": {**old.provenance["settings"], "profile": "paper"}}, r"profile \(paper, not quick\)")):
+        with pytest.raises(ValueError, match=f"mine: the column that is there has another {what}"):
+            evidence.merged(replace(old, provenance={**old.provenance, **other}), new)
+
+
+def test_a_command_names_what_is_not_usual():
+    assert evidence.command(Settings("quick"), [5, 6]) == "python -m ihbook evidence --bank glyphs --embedding auto --profile quick --seeds 5 6"
+    assert "--dim 64 --n-sequences 640 --seeds 5 --chapters 02_phase_change" in evidence.command(
+        Settings("quick", embedding="random", dim=64, n_sequences=640), [5], ["02_phase_change"])
+    assert evidence.command(Settings("quick", n_labels=7), [5, 6]) == (
+        "evidence.measure('book', Settings(bank='glyphs', embedding='auto', profile='quick', n_labels=7), [5, 6], 'out', chapters=[])")
+
+
+def test_a_point_says_how_it_is_run_again(capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(evidence, "display", lambda data, raw: shown.append(data))
+    evidence.hand_over([claims.judge("plateau", [0.7])], Settings("quick", n_labels=7, n_seeds=1))
+    [found] = shown
+    assert found[evidence.sweep.NUMBERS]["column"]["provenance"]["command"] == (
+        "papermill book/02_phase_change.ipynb out.ipynb -p seed 5 -p n_seeds 1 -p profile quick -p n_labels 7")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"form": 99, "claims": []}', '{"form": 1, "name": "x", "provenance": {}, "claims": [1]}'])
@@ -187,6 +206,8 @@ def test_bad_questions_are_refused_before_any_work(tmp_path, capsys, monkeypatch
     for words, message in ((["--seeds", "5"], "at least two"), (["--seeds", "5", "5"], "at least two"), (["--book", str(tmp_path)], "no chapters"),
                            (["--chapters", "99_none"], "99_none"), (["--dim", "64"], "dim=64.*embedding='random'"),
                            (["--bank", "authors", "--bank-path", "/nowhere.h5"], "/nowhere.h5"),
+                           (["--chapters", "03_many_heads", "04_wirng"], "called 04_wirng; .* 04_wiring"),
+                           (["--out", str(BOOK / "evidence" / "glyphs.json")], r"glyphs: .* another profile \(paper, not quick\)"),
                            (["--seeds", "5", "7", "--chapters", "10_seeds"], "consecutive")):
         with pytest.raises(SystemExit) as stop:
             main(["evidence", "--profile", "quick", "--book", str(BOOK), "--out", str(tmp_path / "x.json"), *words])

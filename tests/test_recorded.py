@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from ihbook.chapters import recorded, windows
+from ihbook.chapters import recorded, scaling, windows
 from ihbook.chapters.experiments import Settings
 
 BOOK = Path(__file__).parents[1] / "book"
@@ -37,7 +38,11 @@ def test_a_file_that_is_no_table_is_named(tmp_path, content):
 @pytest.mark.parametrize("path", sorted((BOOK / recorded.FOLDER).glob("*.json")), ids=lambda path: path.stem)
 def test_a_table_in_the_book_is_whole(path):
     found = recorded.read(path.stem, path.parent)
-    assert found.provenance["settings"]["profile"] == "paper" and len(found.table) and "+" not in found.provenance["commit"]
+    settings = Settings("paper")
+    of = found.provenance["settings"]  # of the networks that are in it, and not of the page's
+    for name, value in asdict(scaling.variant(settings, {}) if path.stem == "scale" else settings).items():
+        assert name not in of or of[name] == value
+    assert of["profile"] and len(found.table) and "+" not in found.provenance["commit"]
     assert f"-p keep book/{recorded.FOLDER}" in found.provenance["command"] and json.loads(path.read_text())["form"] == recorded.FORM
     if path.stem == "windows":
         assert windows.medians(found.table)["match"].notna().all().all()

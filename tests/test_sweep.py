@@ -396,4 +396,7 @@ def test_a_change_of_the_notebook_or_the_profile_is_another_point(notebook, tmp_
     assert len({first.folder, second.folder, third.folder}) == 3
     [same] = sweep.points(notebook, {"x": [1], "profile": ["quick"]}, tmp_path)
     assert same.folder == third.folder
+    monkeypatch.setattr(sweep, "_package", lambda: "edited")  # as is a change of the package
+    [fourth] = sweep.points(notebook, {"x": [1]}, tmp_path)
+    assert fourth.folder != third.folder
     assert first.parameters == {"profile": "paper", "x": 1} and second.parameters == {"profile": "quick", "x": 1}

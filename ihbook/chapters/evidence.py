@@ -47,24 +47,26 @@ class Column:
 def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str | Path, *, name: str | None = None,
             chapters: Sequence[str] = (), executor: Executor | None = None, progress: bool = True) -> Column:
     """Run the chapters that test claims, with each of `seeds`, and gather their numbers in a column. `out` keeps what is finished,
-    and the same call goes on from there. `chapters` (such as "03_many_heads") leaves out the others; without it, those that test
-    predictions of this book are left out. `executor`: see `sweep.sweep`.
+    and the same call, with the same characters and code, goes on from there. `chapters` (such as "03_many_heads") leaves out the
+    others; without it, those that test predictions of this book are left out. `executor`: see `sweep.sweep`.
 
     Raises ValueError for a `book` without such chapters, or fewer than two seeds; RuntimeError where a chapter fails.
     """
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}: give at least two different ones; an interval over seeds needs them")
     past = {claim.chapter for claim in CLAIMS.values() if claim.new}
-    notebooks = [path for path in sorted(Path(book).glob("[0-9]*.ipynb")) if "verdicts = [" in path.read_text(encoding="utf-8")
-                 and (path.stem in chapters if chapters else path.stem not in past)]
-    if not notebooks:
-        raise ValueError(f"{book} has no chapters that test claims; give the folder of the book's notebooks"
-                         + f", and chapters among them, not {', '.join(chapters)}" * bool(chapters))
+    notebooks = [path for path in sorted(Path(book).glob("[0-9]*.ipynb")) if sweep.tests_claims(path)]
+    unknown = set(chapters) - {path.stem for path in notebooks}
+    if not notebooks or unknown:
+        called, among = ", ".join(sorted(unknown)), ", ".join(path.stem for path in notebooks)
+        raise ValueError(f"{book} has no chapters that test claims" + f" and are called {called}" * bool(unknown)
+                         + "; give the folder of the book's notebooks" + f", and chapters among {among}" * bool(notebooks))
+    notebooks = [path for path in notebooks if (path.stem in chapters if chapters else path.stem not in past)]
+    out = Path(out) / load_bank(settings.run().bank).digest[:16]
     notebooks.sort(key=lambda path: path.stem not in COMPARE_SEEDS)  # these train the others' networks too, many at a time
     found: dict[str, dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))  # by claim and seed
     for notebook in notebooks:
-        done = sweep.sweep(notebook, _grid(notebook, settings, seeds), Path(out) / notebook.stem, executor=executor,
-                           progress=progress)
+        done = sweep.sweep(notebook, _grid(notebook, settings, seeds), out / notebook.stem, executor=executor, progress=progress)
         if done.failed:
             point, error = next(iter(done.failed.items()))
             raise RuntimeError(f"{notebook.stem} failed at {len(done.failed)} points, first at {point}: {error.strip()[-2000:]}")
@@ -74,20 +76,27 @@ def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str
                 # The numbers of one point are of consecutive seeds, unless it has one for all of them.
                 seed = row.seed if by_point else row.seed + row.nth if len(rows) > 1 else None
                 found[claim][seed].append(row.value)
-    return Column(name or column_name(settings), provenance(settings, seeds, chapters), [
+    return Column(name or column_name(settings), provenance(settings, seeds, command(settings, seeds, chapters)), [
         Verdict(claim, *_by_seed(found[key])) for key, claim in CLAIMS.items()])
 
 
 def merged(old: Column, new: Column) -> Column:
     """The new column, with the old one's verdicts on the claims that the new one did not measure, so that some chapters can have
-    more seeds than others. Raises ValueError where they are of different banks or engines."""
-    for name, of in (("bank", lambda column: column.provenance["bank"]["digest"]), ("engine", lambda c: c.provenance["engine"])):
-        if of(old) != of(new):
-            raise ValueError(f"{old.name}: the column that is there is of another {name} ({of(old)}, not {of(new)}); measure all "
-                             "chapters, or choose another file for out")
+    more seeds than others. Raises ValueError as `check_same` does."""
+    check_same(old, new.provenance)
     provenance = {**new.provenance, "seeds": sorted({*old.provenance["seeds"], *new.provenance["seeds"]}),
-                  "command": f"{old.provenance['command']}; {new.provenance['command']}"}
+                  "command": "; ".join(dict.fromkeys(f"{old.provenance['command']}; {new.provenance['command']}".split("; ")))}
     return Column(new.name, provenance, [verdict if verdict.values else old[verdict.key] for verdict in new.verdicts])
+
+
+def check_same(old: Column, stamp: Mapping[str, Any]) -> None:
+    """Raise ValueError unless numbers with this `stamp` can stand in a column: of the same bank, engine and settings."""
+    has, gets = ({"digest of its bank": of["bank"]["digest"], "engine": of["engine"], **of["settings"]}
+                 for of in (old.provenance, stamp))
+    for name in gets:
+        if has.get(name, gets[name]) != gets[name]:
+            raise ValueError(f"{old.name}: the column that is there has another {name} ({has[name]}, not {gets[name]}); choose "
+                             "another file for out, or remove this one")
 
 
 def _grid(notebook: Path, settings: Settings, seeds: Sequence[int]) -> dict[str, list]:
@@ -100,9 +109,7 @@ def _grid(notebook: Path, settings: Settings, seeds: Sequence[int]) -> dict[str,
     several = notebook.stem in COMPARE_SEEDS
     if several and list(seeds) != list(range(min(seeds), max(seeds) + 1)):
         raise ValueError(f"seeds={list(seeds)}: {notebook.stem} compares consecutive seeds, such as 5:13; or leave it out")
-    asked = {name: getattr(settings, name) for name in (
-        "profile", "bank", "bank_path", "embedding", "dim", "n_classes", "n_test_classes", "n_sequences", "device")}
-    return {name: [value] for name, value in asked.items() if name in known and value is not None} | {
+    return {name: [value] for name, value in asdict(settings).items() if name in known and value is not None} | {
         "seed": [min(seeds)] if several else list(seeds), "n_seeds": [len(seeds) if several else 1]}
 
 
@@ -133,13 +140,27 @@ def stamp(settings: Settings, seeds: Sequence[int], command: str) -> dict[str, A
             "command": command}
 
 
-def provenance(settings: Settings, seeds: Sequence[int], chapters: Sequence[str] = ()) -> dict[str, Any]:
+def _changed(settings: Settings) -> dict[str, Any]:
+    """The settings that a command must name: the profile, and what is not at its default. A path is FILE, as it is on no other
+    machine."""
+    usual = asdict(Settings(settings.profile))
+    return {name: "FILE" if name == "bank_path" else value for name, value in asdict(settings).items()
+            if name == "profile" or value != usual[name] and name not in ("seed", "n_seeds", "device")}
+
+
+def command(settings: Settings, seeds: Sequence[int], chapters: Sequence[str] = ()) -> str:
+    """The command that measures a column; a call in Python where the settings are not all of the command's."""
+    changed = {"bank": settings.bank, "embedding": settings.embedding, **_changed(settings)}
+    if set(changed) - {"bank", "bank_path", "embedding", "profile", "dim", "n_sequences"}:
+        given = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        return f"evidence.measure('book', Settings({given}), {list(seeds)}, 'out', chapters={list(chapters)})"
+    return ("python -m ihbook evidence" + "".join(f" --{name.replace('_', '-')} {value}" for name, value in changed.items())
+            + f" --seeds {' '.join(map(str, seeds))}" + f" --chapters {' '.join(chapters)}" * bool(chapters))
+
+
+def provenance(settings: Settings, seeds: Sequence[int], command: str) -> dict[str, Any]:
     """The `stamp` of a column, with the number of runs on its bank that are in the store, and their steps."""
-    options = "".join(f" --{name} {value}" for name, value in (
-        ("bank", settings.bank), ("bank-path", settings.bank_path and "FILE"), ("embedding", settings.embedding),
-        ("profile", settings.profile)) if value)
-    found = stamp(settings, seeds, f"python -m ihbook evidence{options} --seeds {' '.join(map(str, seeds))}"
-                   + f" --chapters {' '.join(chapters)}" * bool(chapters))
+    found = stamp(settings, seeds, command)
     runs = [entry.config["run"] for entry in Store().entries()
             if entry.config.get("bank", {}).get("digest") == found["bank"]["digest"]]
     return found | {"stored_runs": len(runs), "run_steps": sum(-(-run["n_sequences"] // run["batch_size"]) for run in runs)}
@@ -169,7 +190,10 @@ def hand_over(verdicts: Sequence[Verdict], settings: Settings | None = None) -> 
             for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]
     column = None
     if settings is not None:
-        column = as_json(Column(column_name(settings), provenance(settings, settings.seeds), verdicts))
+        given = {"seed": settings.seed, "n_seeds": settings.n_seeds, **_changed(settings)}
+        command = f"papermill book/{verdicts[0].claim.chapter}.ipynb out.ipynb" if verdicts else "papermill"
+        column = as_json(Column(column_name(settings), provenance(settings, settings.seeds, command + "".join(
+            f" -p {name} {value}" for name, value in given.items())), verdicts))
     display({sweep.NUMBERS: {"rows": rows, "column": column}}, raw=True)
 
 
@@ -254,7 +278,8 @@ def of_predictions(column: Column) -> Column:
 def of_build(settings: Settings) -> Column:
     """The column of the build at hand, from what its chapters recorded. It is also written to the default store as claims.json,
     from where the build takes it."""
-    column = Column("this build", provenance(settings, settings.seeds), gathered(settings))
+    command = f"IHBOOK_PROFILE={settings.profile} jupyter-book build book/"
+    column = Column("this build", provenance(settings, settings.seeds, command), gathered(settings))
     write(column, default_root() / "claims.json")
     return column
 

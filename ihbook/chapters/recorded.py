@@ -21,8 +21,8 @@ FORM = 1
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """A table and its provenance: commit, engine, date, settings, seeds, bank, runs, run_steps, and the command that measures it
-    again."""
+    """A table and its provenance: commit, engine, date, the networks' settings where a row does not say otherwise, seeds, bank,
+    runs, run_steps, and the command that measures it again."""
 
     name: str
     provenance: Mapping[str, Any]

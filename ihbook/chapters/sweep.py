@@ -15,13 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from tqdm import tqdm
 
-from ihbook import engine
+import ihbook
 from ihbook.chapters import kernel, verdict_pictures
 from ihbook.chapters.claims import CLAIMS
 from ihbook.engine import cluster
@@ -60,20 +61,37 @@ class Sweep:
     page: Path
 
 
+def tests_claims(notebook: str | Path) -> bool:
+    """Whether a chapter makes a list `verdicts`, of the claims that it tests."""
+    import nbformat  # slow, and a kernel that only hands its numbers over does not need it
+
+    return any("verdicts = [" in cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code")
+
+
+@lru_cache(maxsize=1)
+def _package() -> str:
+    """A digest of the package's own code and data, so that a point is not taken for finished when they have changed."""
+    root, found = Path(ihbook.__file__).parent, hashlib.sha256()
+    for path in sorted(path for kind in ("py", "cpp", "toml", "safetensors") for path in root.rglob(f"*.{kind}")):
+        found.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) -> list[Point]:
-    """Every point of the grid, in order. If the grid has no `profile`, the profile is this process's (IHBOOK_PROFILE).
+    """Every point of the grid, in order. If the grid has no `profile`, the profile is this process's (IHBOOK_PROFILE). A point's
+    folder is named by its parameters, the chapter's code and the package's.
 
     Raises ValueError for a notebook that does not exist or tests no claims, a parameter that it does not have, a parameter
     without values or with the same value twice, and a value that is not a scalar.
     """
-    import nbformat  # slow, and a kernel that only hands its numbers over does not need it
+    import nbformat  # slow, as in `tests_claims`
     import papermill
 
     notebook = Path(notebook)
     if not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}; name one, such as book/08_data_properties.ipynb")
     code = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
-    if not any("verdicts = [" in source for source in code):
+    if not tests_claims(notebook):
         raise ValueError(f"{notebook} makes no list `verdicts` to gather numbers from; choose a chapter that tests claims")
     try:
         known = papermill.inspect_notebook(str(notebook))
@@ -98,7 +116,7 @@ def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) 
     found = []
     for values in itertools.product(*every.values()):
         parameters = dict(zip(every, values, strict=True))
-        name = hashlib.sha256(json.dumps([engine.VERSION, code, parameters], sort_keys=True).encode()).hexdigest()[:16]
+        name = hashlib.sha256(json.dumps([_package(), code, parameters], sort_keys=True).encode()).hexdigest()[:16]
         found.append(Point(parameters, Path(out).absolute() / "points" / name))
     return found
 

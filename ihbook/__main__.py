@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     store.add_argument("file", nargs="?", help="export, import: the file with all runs")
     store.add_argument("--root", help="the store's folder (default: IHBOOK_STORE, or the platform's place for user data)")
     store.add_argument("--days", type=float, help="prune: also remove runs not written in so many days")
-    store.add_argument("--all", action="store_true", help="prune: remove every run")
+    store.add_argument("--all", action="store_true", help="prune: remove every run and, of the default store, what the cache keeps")
     swept = commands.add_parser("sweep", help="run a chapter at every point of a grid of parameters, and gather its numbers")
     swept.add_argument("notebook", help="such as book/08_data_properties.ipynb")
     swept.add_argument("-p", "--parameter", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"),

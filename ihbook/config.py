@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ihbook.checks import at_least, flag, one_of, positive, whole
@@ -135,6 +135,11 @@ class ModelConfig:
         for name in ("rotary_base", "init_scale"):
             positive(name, getattr(self, name))
         flag("layer_norm", self.layer_norm)
+
+    @property
+    def architecture(self) -> ModelConfig:
+        """The config without what only initial weights show: networks that share it stack, graft and start from each other."""
+        return replace(self, init_scale=1.0)
 
     @property
     def d_head(self) -> int:

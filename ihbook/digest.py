@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -79,7 +80,8 @@ def code_digest(kind: type) -> str:
 
 def _part(kind: type, name: str, member: Any) -> Any:
     """A member of a class as JSON data. None for what the instances' fields tell, and for declarations that change no result."""
-    function = getattr(member, "fget", None) or getattr(member, "__func__", None) or getattr(member, "func", member)
+    wrapped = member.func if isinstance(member, functools.cached_property) else member  # a partial's arguments count, too
+    function = getattr(member, "fget", None) or getattr(member, "__func__", None) or wrapped
     if inspect.isfunction(function):
         return _function(f"{kind.__name__}.{name}", function)
     fields = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

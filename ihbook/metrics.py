@@ -18,7 +18,6 @@ from ihbook.config import ModelConfig
 from ihbook.model import Activations, Params, Weights, by_head, exemplar_table, stack
 from ihbook.task import Batch
 
-THRESHOLD = 0.4 * math.log(2)  # nats: 0.4 times the loss of a guess between the two labels in context
 TOGETHER, CHUNK = 32, 1024  # finished networks, and sequences, measured at once: as many as a core's caches hold
 
 METRICS = ("loss", "accuracy", "probability", "in_context_loss", "in_context_accuracy", "in_context_probability",
@@ -161,7 +160,7 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
         raise ValueError(f"{len(networks)} networks and {len(lists)} lists of clamps; give one list each, or one for all")
     if not networks:
         raise ValueError("there is nothing to measure; give at least one network and one list of clamps, which may be empty")
-    if unlike := {network.config for network in networks} - {networks[0].config}:
+    if unlike := {network.config.architecture for network in networks} - {networks[0].config.architecture}:
         raise ValueError(f"the networks are {networks[0].config} and {unlike.pop()}; measure each architecture by itself")
     config, n_pairs = networks[0].config, batch.labels.shape[2] - 1
     shape = Shape(config.n_layers, config.n_heads, n_pairs)
@@ -177,16 +176,17 @@ def _clamped(weights: Weights | Sequence[Weights], batch: Batch,
         yield params, batch.expand(len(params["unembed.bias"])), config, plan, len(some)
 
 
-def phase_change(curve: pd.DataFrame, threshold: float = THRESHOLD, *, eval_set: str = "train", metric: str = "loss") -> float:
-    """Sequences seen when the loss (or another `metric`) first falls below `threshold` (nats), interpolated linearly; NaN if it
-    never does. `curve` is one run's metrics table with the columns sequences, eval_set, metric and value (Figure 4b)."""
-    rows = curve[(curve["eval_set"] == eval_set) & (curve["metric"] == metric)].sort_values("sequences")
-    return crossing(rows.set_index("sequences")["value"], threshold)
-
-
 def threshold(n_ways: int) -> float:
     """The paper's threshold of the phase change, nats: 0.4 times the loss of a guess among the `n_ways` labels in context."""
     return 0.4 * math.log(n_ways)
+
+
+def phase_change(curve: pd.DataFrame, level: float = threshold(2), *, eval_set: str = "train", metric: str = "loss") -> float:
+    """Sequences seen when the loss (or another `metric`) first falls below `level` (nats), interpolated linearly; NaN if it never
+    does. The usual level is for two labels in context; with more, give `threshold` of their number. `curve` is one run's metrics
+    table with the columns sequences, eval_set, metric and value (Figure 4b)."""
+    rows = curve[(curve["eval_set"] == eval_set) & (curve["metric"] == metric)].sort_values("sequences")
+    return crossing(rows.set_index("sequences")["value"], level)
 
 
 def crossing(values: pd.Series, level: float) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -381,6 +381,6 @@ def initial_weights(config: ModelConfig, d_exemplar: int, n_labels: int, seed: i
 
 def stack(networks: list[Weights], device: str | torch.device = "cpu") -> Params:
     """Networks as parameters with a leading run axis. Raises ValueError unless all have one architecture, dim and label count."""
-    if len({(replace(w.config, init_scale=1.0), w.d_exemplar, w.n_labels) for w in networks}) != 1:
+    if len({(w.config.architecture, w.d_exemplar, w.n_labels) for w in networks}) != 1:
         raise ValueError("only networks of one architecture, exemplar dim and label count stack into one program")
     return {name: torch.stack([w.tensors[name] for w in networks]).to(device) for name in networks[0].tensors}

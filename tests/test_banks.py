@@ -106,6 +106,7 @@ def test_generated_banks_are_values_of_their_config(name):
 def test_drawn_glyphs_are_kept_and_drawn_again_where_damaged(tmp_path, monkeypatch, embedding, n_draws):
     """A second process reads them; a damaged file, another config or a cache that can't be written make it draw."""
     monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path))
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path / "store"))
     config, draws = BankConfig(n_classes=20, n_exemplars=2, embedding=embedding), []
     monkeypatch.setattr(banks, "draw_glyphs", lambda *args: draws.append(args) or draw_glyphs(*args))
 
@@ -123,8 +124,9 @@ def test_drawn_glyphs_are_kept_and_drawn_again_where_damaged(tmp_path, monkeypat
         path.write_bytes(damage)
         assert load() == (digest, True, n_draws) and path.read_bytes() == content
     assert load(replace(config, seed=1))[1:] == (True, n_draws)
-    assert Store(tmp_path / "store").prune() == [] and load()[2] == 0
-    assert path in Store(tmp_path / "store").prune(everything=True) and not path.exists()
+    assert Store().prune() == [] and load()[2] == 0
+    assert Store(tmp_path / "other").prune(everything=True) == [] and path.exists()  # it is not the cache's only store
+    assert path in Store().prune(everything=True) and not path.exists()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("IHBOOK_CACHE", str(tmp_path / "file"))
     assert load() == (digest, True, n_draws)

@@ -59,12 +59,22 @@ def test_an_unknown_claim_is_an_error():
         claims.judge("x", [1.0])
 
 
+def test_a_number_for_each_network_has_its_seed(tmp_path, monkeypatch):
+    """Also in a chapter with more networks than were asked for; a number for all of them has none."""
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
+    claims.record([claims.judge("seeds-time", [0.2, 0.3]), claims.judge("seeds-change", [1.0])], QUICK, range(5, 7))
+    found = {v.key: v.seeds for v in claims.gathered(QUICK)}
+    assert found["seeds-time"] == (5, 6) and found["seeds-change"] == ()
+
+
 def test_what_is_recorded_is_gathered_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
     assert {v.word for v in claims.gathered(QUICK)} == {"not tested"}
     table = claims.record([claims.judge("redundant", [0.2]), claims.judge("plateau", [0.7, math.nan])], QUICK)
     assert table["verdict"].tolist() == ["differs", "holds"]
-    found = {v.key: v for v in claims.gathered(replace(QUICK, device="cpu"))}
+    with monkeypatch.context() as patched:  # the device is in no name
+        patched.setattr(experiments, "check_device", lambda device: None)
+        found = {v.key: v for v in claims.gathered(replace(QUICK, device="cuda"))}
     assert (found["redundant"].word, found["plateau"].word) == ("differs", "holds")
     assert [k for k, v in found.items() if v.word != "not tested"] == ["plateau", "redundant"]
     for other in ({"seed": 6}, {"n_seeds": 2}):

@@ -55,8 +55,11 @@ def test_a_prediction_interval_holds_one_more_run():
 
 def test_how_many_seeds_would_decide():
     assert judge(AT_MOST_1, [0.8, 0.9, 0.95]).n_needed is None
-    few = judge(AT_MOST_1, [0.7, 0.8, 0.85, 0.9, 0.97, 1.1, 1.15])
-    assert few.word == "undecided" and few.n_needed > few.n
+    values = [0.7, 0.8, 0.85, 0.9, 0.97, 1.1, 1.15]
+    few = judge(AT_MOST_1, values)
+    assert few.word == "undecided"
+    times = few.n_needed / few.n  # as many more like these decide it, and half as many do not
+    assert judge(AT_MOST_1, values * math.ceil(times)).word == "holds" and judge(AT_MOST_1, values * int(times / 2)).word == "undecided"
 
 
 def test_the_best_of_several_guessers():

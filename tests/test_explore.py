@@ -72,6 +72,7 @@ def test_an_error_of_the_values_is_shown_and_passes():
     assert "two &lt;clamps&gt;" in panel.children[-1].value and "<b>" not in panel.children[-1].value
     find(panel, "n").value = 0
     assert "<b>0</b>" in panel.children[-1].value
+    assert '"1":{"instead":"<p class=\\"ih-error\\" role=\\"alert\\">two &lt;clamps&gt;' in panel.page  # also without a kernel
 
 
 @pytest.mark.parametrize("number, text", [(0.5, ".5"), (1, "1"), (0.004, "0"), (-0.25, "-.25"), (-0.001, "0"), (10, "10"),

@@ -178,6 +178,14 @@ def test_a_bank_from_an_array_is_in_the_store_like_any_other(tmp_path):
     assert {entry.config["bank"]["name"] for entry in store.entries()} == {"mine", "own"}
 
 
+def test_a_bank_keeps_its_contents_when_the_array_changes():
+    x = np.random.default_rng(0).standard_normal((30, 3, 12)).astype(np.float32)
+    bank = from_array(x)
+    before = bank.digest
+    x *= 2
+    assert from_array(bank.features).digest == before != from_array(x).digest
+
+
 @pytest.mark.parametrize("features, images, words", [
     (np.zeros((3, 4)), None, r"\[class, exemplar, dim\]"), (np.zeros((3, 2, 4)), None, "zero variance"),
     (np.full((3, 2, 4), np.nan), None, "NaN or infinite"), (np.zeros((0, 2, 4)), None, "not empty"),
@@ -254,6 +262,8 @@ def test_all_of_a_readers_class_is_in_the_digest(tmp_path, monkeypatch):
     assert digest(attribute="broadcasts = True") == digest(attribute="extra_pass = True")  # they change no result
     with pytest.raises(TypeError, match="Mine.weight holds a value that can't be part of a digest"):
         digest(attribute="weight = {1, 2}")
+    with pytest.raises(TypeError, match="Mine.act holds a value that can't be part of a digest"):  # its arguments would go unseen
+        digest(attribute="act = __import__('functools').partial(max, 1)")
     mine = importlib.import_module("watched_0").make(1.0)
     before = RunConfig(clamps=[mine()]).digest
     mine.weight = 0.8

@@ -407,3 +407,11 @@ def test_without_a_network_that_the_scripts_know_there_is_no_live_panel(site):
     other = live.Page(replace(RUN, model=ModelConfig(n_heads=4)), [], {})
     assert other._repr_html_() == "" and other.operate({}, "<p>the replay</p>") == "<p>the replay</p>" and other.what_if({}, {}) is None
     assert live.offered(replace(RUN, task=TaskConfig(n_labels=7))) and not live.offered(replace(RUN, task=TaskConfig(noise=0.1)))
+
+
+def test_two_labels_are_enough_for_the_panels(tmp_path):
+    run = replace(RUN, task=TaskConfig(n_labels=2), n_sequences=320, checkpoint_every=0)
+    [result] = train([run], directory=tmp_path, progress=False)
+    html = live.Page(run, [], live.networks(result)).operate({}, "<p>the replay</p>")
+    first, second = re.findall(r'<select name="label[01]".*?</select>', html, re.DOTALL)
+    assert re.findall("selected>(.)<", first + second) == ["1", "0"] and "2" not in re.findall(">(.)</option>", first)

@@ -53,7 +53,8 @@ def test_phase_change_is_interpolated():
     assert metrics.phase_change(curve([1.0, 0.6, 0.2, 0.3]), 0.4) == pytest.approx(150)
     assert metrics.phase_change(curve([0.1, 0.6]), 0.4) == 0
     assert math.isnan(metrics.phase_change(curve([1.0, 0.6]), 0.4))
-    assert metrics.threshold(2) == metrics.THRESHOLD < metrics.threshold(4)
+    assert metrics.threshold(2) == pytest.approx(0.4 * math.log(2)) and metrics.threshold(4) == pytest.approx(2 * metrics.threshold(2))
+    assert metrics.phase_change(curve([1.0, 0.3, 0.2])) == metrics.phase_change(curve([1.0, 0.3, 0.2]), metrics.threshold(2))
 
 
 def test_chunks_do_not_change_a_mean(networks, batch):
@@ -151,6 +152,9 @@ def test_networks_that_are_measured_together_are_of_one_architecture(networks, b
     other = replace(eight, config=replace(eight.config, n_heads=eight.config.n_heads // 2))
     with pytest.raises(ValueError, match="measure each architecture by itself"):
         metrics.measure([eight] * 8 + [other], batch)
+    wide = replace(eight, config=replace(eight.config, init_scale=2.0))  # drawn otherwise, and the same architecture
+    one, two = metrics.measure([eight, wide], batch)["loss"].tolist()
+    assert one == two and run_with_clamps(eight, batch, [clamps.Graft(wide)])["logits", None].isfinite().all()
     for grafted in ([clamps.Graft(other)], [clamps.During(clamps.Graft(other), 0)]):
         with pytest.raises(ValueError, match="the donor's architecture"):
             metrics.measure(eight, batch, [grafted])

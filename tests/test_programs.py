@@ -128,14 +128,15 @@ def test_the_name_has_all_that_it_depends_on(cache, monkeypatch):
     assert len(set(found)) == len(found) == 9
 
 
-def test_they_are_pruned_with_the_store(cache, tmp_path):
+def test_they_are_pruned_with_the_store(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path / "store"))
     use()
     [path] = cache.glob("*.so")
     foreign = cache / ("0" * 32 + ".so")
     foreign.write_bytes(b"made by another version")
     foreign.with_suffix(".json").write_text(json.dumps({"sha256": files.sha256(foreign), "torch": "0"}))
     (cache / "notes.so").write_text("not ours")
-    store = Store(tmp_path / "store")
+    store = Store()
     assert store.prune() == [foreign] and path.exists()
     os.utime(path.with_suffix(".json"), (0, 0))
     use()  # what is used is not old

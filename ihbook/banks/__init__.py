@@ -61,11 +61,11 @@ def from_array(features: np.ndarray | torch.Tensor, images: np.ndarray | torch.T
 
     Raises ValueError where the shapes do not fit, a feature is not finite, or all exemplars are the same.
     """
-    features = torch.as_tensor(features).detach().float().contiguous().cpu()
+    features = torch.as_tensor(features).detach().float().contiguous().cpu().clone()  # its digest is kept, so its bytes must stay
     if features.ndim != 3 or 0 in features.shape:
         raise ValueError(f"features are {list(features.shape)}; they must be [class, exemplar, dim], and not empty")
     if images is not None:
-        images = torch.as_tensor(images)
+        images = torch.as_tensor(images).clone()
         if images.dtype != torch.uint8 or images.shape != (*features.shape[:2], SIDE, SIDE):
             raise ValueError(f"images are {images.dtype} {list(images.shape)}; they must be uint8 "
                              f"{[*features.shape[:2], SIDE, SIDE]}")

@@ -15,7 +15,7 @@ TIMEOUT = 8  # seconds of silence after which a server counts as out of reach
 
 def cache_dir() -> Path:
     """The folder of downloads: the environment variable IHBOOK_CACHE, or else the user's cache folder."""
-    return Path(os.environ.get("IHBOOK_CACHE") or platformdirs.user_cache_dir("ihbook"))
+    return Path(os.environ.get("IHBOOK_CACHE") or platformdirs.user_cache_dir("ihbook")).expanduser()
 
 
 def download(url: str, known_hash: str | None, check: Callable[[str], None] = lambda file: None) -> Path:

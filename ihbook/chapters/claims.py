@@ -250,12 +250,13 @@ def table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
     return rows.drop(columns=["figure", "published"]).rename(columns={"claim": "prediction"}) if predictions else rows
 
 
-def record(verdicts: Sequence[Verdict], settings: Settings) -> pd.DataFrame:
-    """Save a chapter's verdicts in the default store, for the page of all claims; return their table. Where there is one number
-    for each of the settings' networks, they are in the order of its seeds. Raises OSError."""
+def record(verdicts: Sequence[Verdict], settings: Settings, seeds: Sequence[int] | None = None) -> pd.DataFrame:
+    """Save a chapter's verdicts in the default store, for the page of all claims; return their table. `seeds` are those of its
+    networks (None: the settings'); a verdict with one number for each has them. Raises OSError."""
+    seeds = tuple(settings.seeds if seeds is None else seeds)
     for verdict in verdicts:
-        if not verdict.seeds and len(verdict.values) == settings.n_seeds:
-            verdict = replace(verdict, seeds=tuple(settings.seeds))
+        if not verdict.seeds and len(verdict.values) == len(seeds):
+            verdict = replace(verdict, seeds=seeds)
         with writing(_folder(settings) / f"{verdict.key}.json") as partial:
             partial.write_text(json.dumps({"claim": asdict(verdict.claim), "values": verdict.values, "seeds": verdict.seeds}))
     return table(verdicts)

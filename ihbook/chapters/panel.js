@@ -18,7 +18,7 @@
     parts.forEach(({ template, follows, frames }, i) => {
       const values = frames[follows.map(state).join("|")];
       let next = 0;
-      views[i].innerHTML = template.replace(/{}/g, () => values[next++]);
+      views[i].innerHTML = values.instead ?? template.replace(/{}/g, () => values[next++]);
     });
   };
   form.addEventListener("input", draw);

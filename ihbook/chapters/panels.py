@@ -98,10 +98,7 @@ class Panel(ipywidgets.VBox):
         """Draw the parts that follow a control in `changed`."""
         for part, view in zip(self._parts, self._views, strict=True):
             if changed & set(part.follows) or not view.value:
-                try:
-                    view.value = STYLE + part(*(self._states[name] for name in part.follows))
-                except ValueError as error:
-                    view.value = f'<p class="ih-error" role="alert">{html.escape(str(error))}</p>'
+                view.value = STYLE + _drawn(part, [self._states[name] for name in part.follows])
 
     @cached_property
     def page(self) -> str:
@@ -133,14 +130,34 @@ def page(controls: Sequence[Control], parts: Sequence[Part], *, label: str) -> s
     by_name = {control.name: control for control in controls}
     data = {"controls": [{"name": c.name, "first": c.first} for c in controls], "parts": []}
     for part in parts:
-        frames = {"|".join(states): part.values(*states)
+        frames = {"|".join(states): _frame(part, states)
                   for states in itertools.product(*(by_name[name].states for name in part.follows))}
         data["parts"].append({"template": part.template, "follows": part.follows, "frames": frames})
     fields = "".join(_field(control) for control in controls)
-    views = "".join(f'<div class="ih-view">{part(*(by_name[name].first for name in part.follows))}</div>' for part in parts)
+    views = "".join(f'<div class="ih-view">{_drawn(part, [by_name[name].first for name in part.follows])}</div>' for part in parts)
     packed = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
     return (f'{STYLE}<section class="ih-panel" aria-label="{html.escape(label)}"><form class="ih-controls">{fields}</form>{views}'
             f'<script type="application/json">{packed}</script><script>{SCRIPT}</script></section>')
+
+
+def _frame(part: Part, states: Sequence[str]) -> Values | dict[str, str]:
+    """The values of a part in these states, or what it shows in their place."""
+    try:
+        return part.values(*states)
+    except ValueError as error:
+        return {"instead": _refusal(error)}
+
+
+def _drawn(part: Part, states: Sequence[str]) -> str:
+    """A part in these states, or what it shows in its place."""
+    try:
+        return part(*states)
+    except ValueError as error:
+        return _refusal(error)
+
+
+def _refusal(error: ValueError) -> str:
+    return f'<p class="ih-error" role="alert">{html.escape(str(error))}</p>'
 
 
 def _field(control: Control) -> str:

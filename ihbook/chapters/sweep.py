@@ -217,12 +217,13 @@ def executor_for(processes: int | None = None, scheduler: str | None = None) -> 
             cluster.workers(client)
             yield client.get_executor(pure=False)
     elif processes:
+        others = set(multiprocessing.active_children())
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             try:
                 yield pool
             except BaseException:  # such as Ctrl-C: do not wait for points that have begun
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
+                for process in set(multiprocessing.active_children()) - others:
                     process.terminate()
                 raise
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -181,8 +181,7 @@ class Graft:
 
     def check_donor(self, network: Weights) -> None:
         """Raise ValueError unless the donor's architecture, exemplar dim and label count are the network's."""
-        for name, own, donors in (("architecture", replace(network.config, init_scale=1.0),
-                                   replace(self.donor.config, init_scale=1.0)),
+        for name, own, donors in (("architecture", network.config.architecture, self.donor.config.architecture),
                                   ("exemplar dim", network.d_exemplar, self.donor.d_exemplar),
                                   ("n_labels", network.n_labels, self.donor.n_labels)):
             if own != donors:

@@ -37,7 +37,7 @@ def program_for(compile: bool, device: str | torch.device) -> Program:
         return Program(capturing(train_step), metrics.summed)
     if not has_compiler():
         warnings.warn("there is no C++ compiler, so training is not compiled, and takes four to eight times as long; install "
-                      "g++ or clang to change that", stacklevel=2)
+                      "g++, or name another compiler in CXX, to change that", stacklevel=2)
         return step.PLAIN
     return _compiled_program()
 

@@ -65,7 +65,8 @@ class Prepared:
            evaluation_sets: Callable[..., dict[str, Batch]] = task.evaluation_sets) -> Prepared:
         splits = split(bank, run.task)
         weights = run.initial or initial_weights(run.model, bank.dim, run.task.n_labels, run.init_seed)
-        if (weights.config, weights.d_exemplar, weights.n_labels) != (run.model, bank.dim, run.task.n_labels):
+        if (weights.config.architecture, weights.d_exemplar, weights.n_labels) != (
+                run.model.architecture, bank.dim, run.task.n_labels):
             raise ValueError(f"the initial weights are {weights.config} for exemplar dim {weights.d_exemplar} and "
                              f"n_labels={weights.n_labels}; the run is {run.model}, dim {bank.dim}, n_labels="
                              f"{run.task.n_labels}; give weights that match, or none")

@@ -219,7 +219,8 @@ class Store:
 
     def prune(self, *, days: float | None = None, everything: bool = False) -> list[Path]:
         """Remove (and return) damaged runs, runs of other versions, half-written folders and stopped families; with `days`, also
-        older runs; with `everything`, all. Nothing else may use the store meanwhile. Raises ValueError for negative `days`."""
+        older runs; with `everything`, all. Of the default store, the compiled programs and the drawn banks in the cache, which all
+        stores share, go in the same way. Nothing else may use them meanwhile. Raises ValueError for negative `days`."""
         if days is not None:
             at_least("days", days, 0)
         wrong = self.verify()
@@ -230,7 +231,9 @@ class Store:
         for folder in gone:
             shutil.rmtree(folder)
         shutil.rmtree(self.root / "locks", ignore_errors=True)
-        return gone + programs.prune(before=old, everything=everything) + banks.prune(before=old, everything=everything)
+        if self.root == default_root():
+            gone += programs.prune(before=old, everything=everything) + banks.prune(before=old, everything=everything)
+        return gone
 
 
 def fetch(runs: Sequence[RunConfig], *, bank: Bank | None = None, device: str | torch.device = "cpu", progress: bool = True,

@@ -54,7 +54,7 @@ def html_of(run: RunConfig, networks: Sequence[str], kinds: Mapping[str, Clamp],
     query = {"hand 0": "exemplar 1, another hand", "hand 1": "exemplar 2, another hand", "same 0": "exemplar 1 itself",
              "same 1": "exemplar 2 itself", "yours 0": "exemplar 1, drawn by you", "yours 1": "exemplar 2, drawn by you"}
     slots = "".join(slot(i, f"exemplar {i + 1}", [*names, "drawn by you"], [*indices, "yours"],
-                         select(f"label{i}", "label", labels, chosen=labels[i + 1])) for i in range(2))
+                         select(f"label{i}", "label", labels, chosen=labels[(i + 1) % len(labels)])) for i in range(2))
     slots += slot(2, "query", [*query.values()], [*query])
     controls = (select("network", "network", networks, chosen=networks[-1])
                 + switches("Layer 1", [f"0.{h}" for h in range(N_HEADS)], True)

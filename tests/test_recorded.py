@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ihbook.chapters import recorded, scaling, windows
+from ihbook.chapters import evidence, recorded, scaling, windows
 from ihbook.chapters.experiments import Settings
 
 BOOK = Path(__file__).parents[1] / "book"
@@ -16,10 +16,18 @@ BOOK = Path(__file__).parents[1] / "book"
 TABLE = pd.DataFrame({"clamp": ["match", "copy"], "start": [0, 0.5], "ratio": [math.inf, 0.25], "net": [math.nan, 0.1], "run": [5, 6]})
 
 
-def test_a_table_comes_back_as_it_was(tmp_path):
+@pytest.mark.parametrize("folder", [BOOK, BOOK.parent])
+def test_a_page_finds_its_tables_from_the_root_too(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert recorded.read("scale") and {column.name for column in evidence.columns("evidence")} >= {"glyphs", "gaussian"}
+
+
+def test_a_table_comes_back_as_it_was(tmp_path, monkeypatch):
     settings = Settings("quick", n_seeds=2)
     runs = [settings.run(nth=i) for i in range(2)]
     recorded.write(tmp_path / "new", "windows", TABLE, settings, runs, "papermill …")
+    monkeypatch.chdir(tmp_path)
+    assert recorded.read("windows") is None
     found = recorded.read("windows", tmp_path / "new")
     pd.testing.assert_frame_equal(found.table, TABLE)
     assert found.provenance["seeds"] == [5, 6] and found.provenance["run_steps"] == 2 * 64_000 // 32 and found.provenance["runs"] == 2

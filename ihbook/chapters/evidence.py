@@ -246,9 +246,14 @@ def _verdict(claim: Claim, row: Mapping[str, Any] | None) -> Verdict:
     return Verdict(claim, tuple(float(each["value"]) for each in row["values"]), seeds if None not in seeds else ())
 
 
+def of_book(folder: str | Path) -> Path:
+    """A folder of the book, where a page is run in the book's folder, as a build does, or at the root of the repository."""
+    return Path(folder) if Path(folder).exists() else Path("book", folder)
+
+
 def columns(folder: str | Path) -> list[Column]:
-    """The columns recorded in a folder, in the page's order."""
-    found = [read(path) for path in Path(folder).glob("*.json")]
+    """The columns recorded in a folder of the book, in the page's order."""
+    found = [read(path) for path in of_book(folder).glob("*.json")]
     rank = {name: i for i, name in enumerate(RECORDED)}
     return sorted(found, key=lambda column: (rank.get(column.name, len(rank)), column.name))
 

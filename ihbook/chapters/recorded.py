@@ -51,7 +51,7 @@ def write(folder: str | Path, name: str, table: pd.DataFrame, settings: Settings
 
 def read(name: str, folder: str | Path = FOLDER) -> Recorded | None:
     """A recorded table, or None where there is none. Raises ValueError for a file of another form."""
-    path = Path(folder) / f"{name}.json"
+    path = evidence.of_book(folder) / f"{name}.json"
     if not path.exists():
         return None
     try:

@@ -240,9 +240,10 @@ def training_batch(splits: Splits, data_seed: int, chunk: int, n: int) -> Batch:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """An evaluation set: its `name`, the `words` for it in figures, and the two fields of `Splits` (an `*_ids` and a `*_sets`)
-    that its sequences are drawn from. Raises ValueError for other fields. A reader's own is an `EvalSet`, or any frozen dataclass
-    that has a `name` and a method `draw(splits, n, generator)` that returns a `Batch` of one run (see Extending)."""
+    """An evaluation set: its `name`, the `words` for it in the book's figures (which show a reader's own by its name), and the two
+    fields of `Splits` (an `*_ids` and a `*_sets`) that its sequences are drawn from. Raises ValueError for other fields. A reader's
+    own is an `EvalSet`, or any frozen dataclass that has a `name` and a method `draw(splits, n, generator)` that returns a `Batch`
+    of one run (see Extending)."""
 
     name: str
     words: str

@@ -12,6 +12,7 @@ import pandas as pd
 from ihbook import metrics
 from ihbook.chapters import experiments
 from ihbook.chapters.experiments import Settings
+from ihbook.config import RunConfig
 from ihbook.engine.results import Result
 from ihbook.task import Batch
 
@@ -19,6 +20,7 @@ N_LABELS = 10  # enough for eight pairs
 GIVEN = 0.25  # of the length of a run with nothing given: with a part given, one that learns learns soon
 SQUARE = (1.5, 2.5)  # exponents that count as a square
 LONGER = {2: 1, 4: 3, 8: 8}  # times as many sequences as with two pairs
+MOST = 300  # evaluations of a run: with more, those of long runs on long contexts cost a third of the training
 ALONG = {"two pairs": {}, "four pairs": {"n_pairs": 4}, "eight pairs": {"n_pairs": 8}, "three layers": {"n_layers": 3},
          "four layers": {"n_layers": 4}, "MLPs": {"mlp_ratio": 4.0}, "sinusoidal positions": {"positions": "sinusoidal"},
          "learned positions": {"positions": "learned"}}  # one property at a time
@@ -37,6 +39,13 @@ def variant(settings: Settings, changed: Mapping[str, object]) -> Settings:
     share = settings.n_sequences / settings.scale.n_sequences  # of a profile's usual length
     length = round(quick * share * LONGER.get(n_pairs, n_pairs / 2))
     return replace(settings, **{"profile": "quick", "n_labels": N_LABELS, "n_sequences": length, **changed})
+
+
+def run_of(settings: Settings, nth: int) -> RunConfig:
+    """The run of the `nth` seed under a variant's settings, with its heads, evaluated at most `MOST` times."""
+    run = settings.run(heads_every=5000, nth=nth)
+    every = max(run.eval_every, run.n_sequences // MOST)
+    return replace(run, eval_every=every, heads_every=every)
 
 
 def crossed(table: pd.DataFrame) -> pd.DataFrame:

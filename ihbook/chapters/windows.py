@@ -108,8 +108,6 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
     of Layer 1 for each. Starts are shares of the time without help, lengths are in units of `need`."""
     networks = list(enumerate(zip(best, previous, strict=True)))
     alone = {i: experiments.single_head(settings.run(6e5, nth=i), head) for i, (head, _) in networks}
-    others = experiments.fetch_each({(i, k): replace(run, data_seed=run.data_seed + 1000 * k) for i, run in alone.items()
-                                     for k in range(1, N_ORDERS)}, device)
     unended = experiments.fetch_each({(i, name): run for i, (head, pt) in networks
                                       for name, run in experiments.six_runs(settings, head, pt, i).items()}, device)
     asked = {}
@@ -119,7 +117,8 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
         found = grid(alone[i], ways, never, dict(zip(ways, times[1:], strict=True)), starts, lengths)
         asked |= {(i, *key): (_as_asked(run, key, window[1], never, settings), window, never)
                   for key, (run, window) in found.items()}
-    results = experiments.fetch_each({key: run for key, (run, _, _) in asked.items()}, device)
+    orders = {(i, k): replace(run, data_seed=run.data_seed + 1000 * k) for i, run in alone.items() for k in range(1, N_ORDERS)}
+    results = experiments.fetch_each({**orders, **{key: run for key, (run, _, _) in asked.items()}}, device)
     rows = []
     for (i, name, start, length), (run, (first, until), never) in asked.items():
         result = results[i, name, start, length]
@@ -129,7 +128,8 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
                      experiments.loss_from(result, until)))
     table = pd.DataFrame(rows, columns=["clamp", "start", "length", "run", "never", "from", "until", "time", "ratio", "net",
                                         "loss_after"])
-    return Help(unended, others, {key: window for key, (_, window, _) in asked.items()}, results, table)
+    return Help(unended, {key: results[key] for key in orders}, {key: window for key, (_, window, _) in asked.items()},
+                {key: results[key] for key in asked}, table)
 
 
 def _as_asked(run: RunConfig, key: tuple[str, float, float], until: int, never: float,

@@ -68,6 +68,7 @@ def test_a_tally_counts_what_holds():
 
 
 def test_the_toy_model_has_draws_and_not_networks():
+    assert pages.counted(["holds", "check", "differs", "undecided", "undecided"]) == "1 holds, 1 differs and 2 are undecided"
     assert pages.tally([judge("toy-plateau", [5.0, 6.0])]).endswith("on 2 draws.")
     assert "draws never get that far" in pages.sentence(judge("toy-shorter", [math.inf] * 3))
     assert "networks never get that far" in pages.sentence(judge("plateau", [math.inf] * 3))

@@ -123,11 +123,15 @@ def tally(verdicts: Sequence[Verdict], of: str = "this chapter") -> str:
     measured = "in this build" + f", on {most} {_of(verdicts[0])}{'s' * (most != 1)}" * one_chapter
     if set(words) == {"holds"}:
         return f"{'Both' if len(words) == 2 else f'All {len(words)}'} {kind}s of {of} hold {measured}."
-    counted = [f"{n} {one if n == 1 else many}" for word, one, many in (
+    return f"Of the {len(words)} {kind}s of {of}, {counted(words)} {measured}."
+
+
+def counted(words: Sequence[str]) -> str:
+    """How many of these verdicts there are of each kind: "50 hold, 1 differs and 9 are undecided". Checks are left out."""
+    return _listed([f"{n} {one if n == 1 else many}" for word, one, many in (
         ("holds", "holds", "hold"), ("direction only", "holds in direction only", "hold in direction only"),
         ("differs", "differs", "differ"), ("undecided", "is undecided", "are undecided"),
-        ("not tested", "was not tested", "were not tested")) if (n := words.count(word))]
-    return f"Of the {len(words)} {kind}s of {of}, {_listed(counted)} {measured}."
+        ("not tested", "was not tested", "were not tested")) if (n := words.count(word))])
 
 
 def _kind(verdicts: Sequence[Verdict]) -> str:

@@ -73,10 +73,11 @@ def test_the_best_of_several_guessers():
 def test_what_a_head_fills_in_is_compared_with_its_labels():
     """A head that is as often right as on these labels elsewhere does no more than they give, and no less."""
     same, more, fewer = (200, 0.9, 0.9), (200, 0.99, 0.8), (200, 0.6, 0.9)
-    assert "matter of labels" in claims.beyond_labels([same], 7) and "fewer" not in claims.beyond_labels([same], 7)
-    assert "In 1 of 2 networks it gets clearly fewer" in claims.beyond_labels([same, fewer], 7)
-    assert "In 1 of 3 networks the head gets clearly more" in claims.beyond_labels([same, fewer, more], 7)
-    assert "Nowhere" in claims.beyond_labels([(5, 1.0, 0.8)], 7)  # five right of five may be luck
+    assert claims.beyond_labels([same], 7) == "The head gets no more than that: labels suffice."
+    words = claims.beyond_labels([same, fewer, same, more], 7)
+    assert "labels suffice (in 2 of 4 networks); clearly fewer" in words and "all there is to it (in 1 of 4 networks)" in words
+    assert claims.beyond_labels([(5, 1.0, 0.8)], 7) == "The head gets too few to tell."  # five right of five may be luck
+    assert "too few to tell" in claims.beyond_labels([(5, 1.0, math.nan)], 7)  # a label on which the strongest is never right
 
 
 def test_seeds_without_a_number_are_named():
@@ -145,20 +146,11 @@ def test_some_chapters_can_have_more_seeds(tmp_path, monkeypatch):
 
 
 def test_a_command_names_what_is_not_usual():
-    assert evidence.command(Settings("quick"), [5, 6]) == "python -m ihbook evidence --bank glyphs --embedding auto --profile quick --seeds 5 6"
-    assert "--dim 64 --n-sequences 640 --seeds 5 --chapters 02_phase_change" in evidence.command(
+    assert evidence.command_of(Settings("quick"), [5, 6]) == "python -m ihbook evidence --bank glyphs --embedding auto --profile quick --seeds 5 6"
+    assert "--dim 64 --n-sequences 640 --seeds 5 --chapters 02_phase_change" in evidence.command_of(
         Settings("quick", embedding="random", dim=64, n_sequences=640), [5], ["02_phase_change"])
-    assert evidence.command(Settings("quick", n_labels=7), [5, 6]) == (
+    assert evidence.command_of(Settings("quick", n_labels=7), [5, 6]) == (
         "evidence.measure('book', Settings(bank='glyphs', embedding='auto', profile='quick', n_labels=7), [5, 6], 'out', chapters=[])")
-
-
-def test_a_point_says_how_it_is_run_again(capsys, monkeypatch):
-    shown = []
-    monkeypatch.setattr(evidence, "display", lambda data, raw: shown.append(data))
-    evidence.hand_over([claims.judge("plateau", [0.7])], Settings("quick", n_labels=7, n_seeds=1))
-    [found] = shown
-    assert found[evidence.sweep.NUMBERS]["column"]["provenance"]["command"] == (
-        "papermill book/02_phase_change.ipynb out.ipynb -p seed 5 -p n_seeds 1 -p profile quick -p n_labels 7")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"form": 99, "claims": []}', '{"form": 1, "name": "x", "provenance": {}, "claims": [1]}'])
@@ -232,6 +224,8 @@ def test_a_part_of_a_column_is_measured_again(tmp_path, monkeypatch):
     assert len(points) == 3  # two seeds, and the toy model's ten draws
     for point in points:  # what every sweep writes
         jsonschema.validate(point, evidence.schema())
+    commands = {point["provenance"]["command"] for point in points}  # each point's own parameters, also the toy model's
+    assert "papermill book/06_toy_model.ipynb out.ipynb -p seed 1" in commands and len(commands) == 3
     compared = 0
     for verdict in before.verdicts:
         if verdict.known:

@@ -59,8 +59,9 @@ def test_a_low_loss_counts_only_without_help():
 
 def test_a_run_ends_when_it_is_clear_whether_it_learns():
     usual = replace(RUN, n_sequences=64_000)
-    assert windows.long_enough(usual, 20_001.5).n_sequences == 25_002  # 1.25 times, and no less
-    assert windows.long_enough(usual, 60_000) == windows.long_enough(usual, math.nan) == usual
+    assert windows.long_enough(usual, 20_001.5, 0).n_sequences == 25_002  # 1.25 times, and no less
+    assert windows.long_enough(usual, 20_000, 30_016).n_sequences == 35_016  # help that lasts longer than the wait
+    assert windows.long_enough(usual, 60_000, 0) == windows.long_enough(usual, math.nan, 0) == usual
 
 
 def test_the_loss_when_help_ends_is_the_first_without_it():
@@ -179,4 +180,5 @@ def test_what_the_controls_say_is_put_into_words():
     assert "less than half" in " ".join(said(free=1.5)) and "costs more" not in words and "more than such help" in " ".join(said(off=1.9))
     assert "about as much as such help" in " ".join(said(off=1.65))
     assert len(said(late=0.9, off=1.0)) == 1  # no harm, nothing to explain
+    assert len(said(free=math.inf, off=math.inf)) == len(said(late=math.inf)) == 1  # a time that is not known is not compared
     assert windows.harm_in_words(looked, {}) == windows.harm_in_words(looked[:0], {(): (None, 1.0)}) == []

@@ -217,13 +217,18 @@ def best_guesser(n_questions: int, n_guessers: int, chance: float = 0.5) -> floa
 def beyond_labels(found: Sequence[tuple[int, float, float]], n_guessers: int) -> str:
     """Whether the best of several heads does more than its labels give, in words. `found` has for each network a number of
     sequences, the share that the head gets right, and the share if only the label mattered (Tables 2 and 3)."""
-    more = sum(share > best_guesser(n, n_guessers, by_label) for n, share, by_label in found)
-    fewer = sum(stats.binom.cdf(round(share * n), n, by_label) < (1 - COVERAGE) / 2 for n, share, by_label in found)
-    if more:
-        return f"In {more} of {len(found)} networks the head gets clearly more right than that: labels are not all there is to it."
-    return ("Nowhere does the head get clearly more right than that: what it fills in is a matter of labels."
-            + f" In {fewer} of {len(found)} networks it gets clearly fewer: what the strongest gets wrong of a label is hard for "
-              "the other head too." * bool(fewer))
+    def kind(n: int, share: float, by_label: float) -> str:
+        limit = best_guesser(n, n_guessers, by_label)
+        if share > limit:
+            return "clearly more right than that, so that labels are not all there is to it"
+        if stats.binom.cdf(round(share * n), n, by_label) < (1 - COVERAGE) / 2:
+            return "clearly fewer: what the strongest gets wrong of a label is hard for it too"
+        return "no more than that: labels suffice" if limit < 1 else "too few to tell"  # a NaN is no number to compare with
+
+    kinds = [kind(*each) for each in found]
+    counted = [f"{words}{f' (in {n} of {len(kinds)} networks)' * (len(kinds) > 1)}" for words in dict.fromkeys(kinds)
+               if (n := kinds.count(words))]
+    return f"The head gets {'; '.join(counted)}."
 
 
 def judge(claim: str | Claim, values: float | Sequence[float], seeds: Sequence[int] = ()) -> Verdict:

@@ -50,12 +50,13 @@ def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str
     and the same call, with the same characters and code, goes on from there. `chapters` (such as "03_many_heads") leaves out the
     others; without it, those that test predictions of this book are left out. `executor`: see `sweep.sweep`.
 
-    Raises ValueError for a `book` without such chapters, or fewer than two seeds; RuntimeError where a chapter fails.
+    Raises ValueError for a `book` without such chapters, for fewer than two seeds, for seeds that are not consecutive where a
+    chapter compares them, and what `load_bank` raises; RuntimeError where a chapter fails.
     """
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}: give at least two different ones; an interval over seeds needs them")
     past = {claim.chapter for claim in CLAIMS.values() if claim.new}
-    notebooks = [path for path in sorted(Path(book).glob("[0-9]*.ipynb")) if sweep.tests_claims(path)]
+    notebooks = [path for path in sorted(Path(book).glob("[0-9]*.ipynb")) if sweep.has_claims(path)]
     unknown = set(chapters) - {path.stem for path in notebooks}
     if not notebooks or unknown:
         called, among = ", ".join(sorted(unknown)), ", ".join(path.stem for path in notebooks)
@@ -76,7 +77,7 @@ def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str
                 # The numbers of one point are of consecutive seeds, unless it has one for all of them.
                 seed = row.seed if by_point else row.seed + row.nth if len(rows) > 1 else None
                 found[claim][seed].append(row.value)
-    return Column(name or column_name(settings), provenance(settings, seeds, command(settings, seeds, chapters)), [
+    return Column(name or column_name(settings), provenance(settings, seeds, command_of(settings, seeds, chapters)), [
         Verdict(claim, *_by_seed(found[key])) for key, claim in CLAIMS.items()])
 
 
@@ -84,6 +85,8 @@ def merged(old: Column, new: Column) -> Column:
     """The new column, with the old one's verdicts on the claims that the new one did not measure, so that some chapters can have
     more seeds than others. Raises ValueError as `check_same` does."""
     check_same(old, new.provenance)
+    if all(verdict.values or not old[verdict.key].values for verdict in new.verdicts):
+        return new  # nothing of the old one is left
     provenance = {**new.provenance, "seeds": sorted({*old.provenance["seeds"], *new.provenance["seeds"]}),
                   "command": "; ".join(dict.fromkeys(f"{old.provenance['command']}; {new.provenance['command']}".split("; ")))}
     return Column(new.name, provenance, [verdict if verdict.values else old[verdict.key] for verdict in new.verdicts])
@@ -148,7 +151,7 @@ def _changed(settings: Settings) -> dict[str, Any]:
             if name == "profile" or value != usual[name] and name not in ("seed", "n_seeds", "device")}
 
 
-def command(settings: Settings, seeds: Sequence[int], chapters: Sequence[str] = ()) -> str:
+def command_of(settings: Settings, seeds: Sequence[int], chapters: Sequence[str] = ()) -> str:
     """The command that measures a column; a call in Python where the settings are not all of the command's."""
     changed = {"bank": settings.bank, "embedding": settings.embedding, **_changed(settings)}
     if set(changed) - {"bank", "bank_path", "embedding", "profile", "dim", "n_sequences"}:
@@ -190,10 +193,7 @@ def hand_over(verdicts: Sequence[Verdict], settings: Settings | None = None) -> 
             for verdict in verdicts for i, value in enumerate(verdict.values or [math.nan])]
     column = None
     if settings is not None:
-        given = {"seed": settings.seed, "n_seeds": settings.n_seeds, **_changed(settings)}
-        command = f"papermill book/{verdicts[0].claim.chapter}.ipynb out.ipynb" if verdicts else "papermill"
-        column = as_json(Column(column_name(settings), provenance(settings, settings.seeds, command + "".join(
-            f" -p {name} {value}" for name, value in given.items())), verdicts))
+        column = as_json(Column(column_name(settings), provenance(settings, settings.seeds, sweep.UNKNOWN), verdicts))
     display({sweep.NUMBERS: {"rows": rows, "column": column}}, raw=True)
 
 
@@ -236,7 +236,8 @@ def read(path: str | Path) -> Column:
         verdicts = [_verdict(claim, rows.get(key)) for key, claim in CLAIMS.items()]
         return Column(found["name"], found["provenance"], verdicts)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a column of claims ({error}); write it with python -m ihbook evidence") from error
+        raise ValueError(f"{path} is not a column of claims ({error}); remove it, and write it with python -m ihbook evidence"
+                         ) from error
 
 
 def _verdict(claim: Claim, row: Mapping[str, Any] | None) -> Verdict:
@@ -283,7 +284,8 @@ def of_predictions(column: Column) -> Column:
 def of_build(settings: Settings) -> Column:
     """The column of the build at hand, from what its chapters recorded. It is also written to the default store as claims.json,
     from where the build takes it."""
-    command = f"IHBOOK_PROFILE={settings.profile} jupyter-book build book/"
+    others = ", ".join(f"{name}={value}" for name, value in _changed(settings).items() if name != "profile")
+    command = f"IHBOOK_PROFILE={settings.profile} jupyter-book build book/" + f" (of pages with {others})" * bool(others)
     column = Column("this build", provenance(settings, settings.seeds, command), gathered(settings))
     write(column, default_root() / "claims.json")
     return column

@@ -329,14 +329,14 @@ def nearest_is_right(batch: Batch) -> Tensor:
 
 def right_instead(weights: Weights, batch: Batch, clamps: Sequence[Sequence]) -> tuple[int, list[float], list[float]]:
     """The number of sequences that a network gets wrong under the first of `clamps`; the share of these that it gets right under
-    each of the others; and what this share would be if, among sequences with one right label, it were as large as among all of
-    them. No shares if it gets none wrong (Tables 2 and 3)."""
+    each of the others; and what this share would be if it were, for each right label, as large as where the first is right (NaN
+    where the first is never right on a label). No shares if it gets none wrong (Tables 2 and 3)."""
     right = metrics.correct(weights, batch, clamps)
     missed = ~right[0]
     if not missed.any():
         return 0, [], []
     right, labels = right[1:].double(), batch.targets[0]
-    of_label = {label: right[:, labels == label].mean(1) for label in labels[missed].unique().tolist()}
+    of_label = {label: right[:, (labels == label) & ~missed].mean(1) for label in labels[missed].unique().tolist()}
     by_label = torch.stack([of_label[label] for label in labels[missed].tolist()]).mean(0)
     return int(missed.sum()), right[:, missed].mean(1).tolist(), by_label.tolist()
 

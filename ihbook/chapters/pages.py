@@ -127,7 +127,7 @@ def tally(verdicts: Sequence[Verdict], of: str = "this chapter") -> str:
 
 
 def counted(words: Sequence[str]) -> str:
-    """How many of these verdicts there are of each kind: "50 hold, 1 differs and 9 are undecided". Checks are left out."""
+    """How many of these words of verdicts there are: "50 hold, 1 differs and 9 are undecided". Other words are left out."""
     return _listed([f"{n} {one if n == 1 else many}" for word, one, many in (
         ("holds", "holds", "hold"), ("direction only", "holds in direction only", "hold in direction only"),
         ("differs", "differs", "differ"), ("undecided", "is undecided", "are undecided"),

@@ -42,9 +42,9 @@ def variant(settings: Settings, changed: Mapping[str, object]) -> Settings:
 
 
 def run_of(settings: Settings, nth: int) -> RunConfig:
-    """The run of the `nth` seed under a variant's settings, with its heads, evaluated at most `MOST` times."""
+    """The run of the `nth` seed under a variant's settings, with its heads, evaluated at most `MOST` times after the start."""
     run = settings.run(heads_every=5000, nth=nth)
-    every = max(run.eval_every, run.n_sequences // MOST)
+    every = max(run.eval_every, -(-run.n_sequences // MOST))
     return replace(run, eval_every=every, heads_every=every)
 
 

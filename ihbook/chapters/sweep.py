@@ -10,12 +10,13 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ihbook.engine import cluster
 from ihbook.files import writing
 
 LAST_CELL = "from ihbook.chapters import evidence\n\nevidence.hand_over(verdicts, globals().get('settings'))"
+UNKNOWN = "as its sweep says"  # a point's command, until its sweep writes it
 NUMBERS = "application/vnd.ihbook.numbers+json"  # the type of the output that holds a notebook's numbers
 
 
@@ -61,14 +63,14 @@ class Sweep:
     page: Path
 
 
-def tests_claims(notebook: str | Path) -> bool:
+def has_claims(notebook: str | Path) -> bool:
     """Whether a chapter makes a list `verdicts`, of the claims that it tests."""
     import nbformat  # slow, and a kernel that only hands its numbers over does not need it
 
     return any("verdicts = [" in cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code")
 
 
-@lru_cache(maxsize=1)
+@cache
 def _package() -> str:
     """A digest of the package's own code and data, so that a point is not taken for finished when they have changed."""
     root, found = Path(ihbook.__file__).parent, hashlib.sha256()
@@ -84,14 +86,14 @@ def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) 
     Raises ValueError for a notebook that does not exist or tests no claims, a parameter that it does not have, a parameter
     without values or with the same value twice, and a value that is not a scalar.
     """
-    import nbformat  # slow, as in `tests_claims`
+    import nbformat  # slow, as in `has_claims`
     import papermill
 
     notebook = Path(notebook)
     if not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}; name one, such as book/08_data_properties.ipynb")
     code = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
-    if not tests_claims(notebook):
+    if not has_claims(notebook):
         raise ValueError(f"{notebook} makes no list `verdicts` to gather numbers from; choose a chapter that tests claims")
     try:
         known = papermill.inspect_notebook(str(notebook))
@@ -142,6 +144,7 @@ def sweep(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path, *
                         partial.write_text(executed, encoding="utf-8")
                 if error is None:
                     if numbers["column"] is not None:
+                        numbers["column"]["provenance"]["command"] = _command(Path(notebook).stem, point.parameters)
                         with writing(point.folder / "claims.json") as partial:
                             partial.write_text(json.dumps(numbers["column"], indent=1, ensure_ascii=False), encoding="utf-8")
                     with writing(point.folder / "numbers.json") as partial:  # the last: it says that the point is finished
@@ -152,6 +155,12 @@ def sweep(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path, *
     finally:  # also when the sweep is interrupted
         done = _gathered(Path(notebook).stem, every, failed, Path(out))
     return done
+
+
+def _command(name: str, parameters: Mapping[str, Any]) -> str:
+    """The command that runs a point again."""
+    return f"papermill book/{name}.ipynb out.ipynb" + "".join(
+        f" -p {parameter} {shlex.quote(str(value))}" for parameter, value in parameters.items())
 
 
 def _gathered(name: str, every: Sequence[Point], failed: dict[Point, str], out: Path) -> Sweep:

@@ -66,9 +66,12 @@ def grid(run: RunConfig, ways: Mapping[str, Sequence[Clamp]], never: float, alwa
     return {key: (helped(run, ways[key[0]], window), window) for key, window in windows.items()}
 
 
-def long_enough(run: RunConfig, never: float) -> RunConfig:
-    """The run, but no longer than it takes to tell whether it learns: `ENOUGH` times the time without help (`never`)."""
-    return run if math.isnan(never) else replace(run, n_sequences=min(run.n_sequences, math.ceil(ENOUGH * never)))
+def long_enough(run: RunConfig, never: float, until: int) -> RunConfig:
+    """The run, but no longer than it takes to tell whether it learns: `ENOUGH` times the time without help (`never`), and at least
+    a quarter of that time after the help has ended, `until`."""
+    if math.isnan(never):
+        return run
+    return replace(run, n_sequences=min(run.n_sequences, math.ceil(max(ENOUGH * never, until + never / 4))))
 
 
 def time_without_help(result: Result, until: int) -> float:
@@ -138,7 +141,7 @@ def _as_asked(run: RunConfig, key: tuple[str, float, float], until: int, never: 
     `SLOWEST` help."""
     name, start, _ = key
     if name not in PERFECT_LAYER_1:
-        run = long_enough(run, never)
+        run = long_enough(run, never, until)
     if start:
         return run
     return replace(run, checkpoint_every=settings.every(10_000) if name == "match" else until,
@@ -186,10 +189,10 @@ def controls(settings: experiments.Settings, best: Sequence[int], help: Help, le
         for head, each, result in ((HEADS[0], run, with_help), (HEADS[1], off, None), (HEADS[2], alone, without)):
             if result or name == SLOWEST:
                 free = During(LabelAttentionOnly(at), until)
-                asked[name, head, looking, i] = long_enough(replace(each, clamps=(*each.clamps, free)), never), 0
+                asked[name, head, looking, i] = long_enough(replace(each, clamps=(*each.clamps, free)), never, until), 0
             if result and name == SLOWEST:
                 seen = last_checkpoint(result, until)
-                whole = run if head == HEADS[0] else long_enough(run, never)
+                whole = run if head == HEADS[0] else long_enough(run, never, until)
                 asked[name, head, anew, i] = replace(
                     alone, initial=result.checkpoints[seen], data_seed=run.data_seed + 1000,
                     n_sequences=max(run.batch_size, whole.n_sequences - seen)), seen
@@ -228,14 +231,14 @@ def harm_in_words(looked: pd.DataFrame, found: Found) -> list[str]:
     base = np.median(of_control(found, SLOWEST, HEADS[2], CONTROLS[2]))
     said = [f"When help with {SLOWEST} ends, the head puts {labels[SLOWEST]:.0%} of its attention on labels, one that was off for "
             f"as long {labels[HEADS[1]]:.0%}, and one that was never helped {labels[HEADS[2]]:.0%}."]
-    if as_it_is > 1.05:
+    if as_it_is > 1.05 and math.isfinite(as_it_is + looking + base):
         said += [
             f"If from then on it may look at labels alone, the phase change comes at {looking:.2f} of the time without help in "
             f"place of {as_it_is:.2f}; without help, the same clamp from the same moment on gives {base:.2f}.",
             "So most of the harm is in where the head looks." if looking - base < 0.5 * (as_it_is - 1) else
             "So where the head looks explains less than half of the harm.",
             "A new optimiser does not undo it." if anew > 1.05 else "With a new optimiser there is no harm."]
-    if off > 1.05:
+    if off > 1.05 and math.isfinite(off + off_looking + as_it_is):
         more = "more than" if off > as_it_is + 0.1 else "about as much as"
         said.append(f"A head that is off for as long instead comes at {off:.2f}, and at {off_looking:.2f} if it may look at labels "
                     "alone from then on"

@@ -218,12 +218,14 @@ def beyond_labels(found: Sequence[tuple[int, float, float]], n_guessers: int) ->
     """Whether the best of several heads does more than its labels give, in words. `found` has for each network a number of
     sequences, the share that the head gets right, and the share if only the label mattered (Tables 2 and 3)."""
     def kind(n: int, share: float, by_label: float) -> str:
+        if math.isnan(by_label):
+            return "a share that can't be compared: on one of the labels the strongest is never right"
         limit = best_guesser(n, n_guessers, by_label)
         if share > limit:
             return "clearly more right than that, so that labels are not all there is to it"
         if stats.binom.cdf(round(share * n), n, by_label) < (1 - COVERAGE) / 2:
             return "clearly fewer: what the strongest gets wrong of a label is hard for it too"
-        return "no more than that: labels suffice" if limit < 1 else "too few to tell"  # a NaN is no number to compare with
+        return "no more than that" + (": labels suffice" if limit < 1 else ", and could not: its labels may give it all of them")
 
     kinds = [kind(*each) for each in found]
     counted = [f"{words}{f' (in {n} of {len(kinds)} networks)' * (len(kinds) > 1)}" for words in dict.fromkeys(kinds)

@@ -225,7 +225,7 @@ def test_a_part_of_a_column_is_measured_again(tmp_path, monkeypatch):
     for point in points:  # what every sweep writes
         jsonschema.validate(point, evidence.schema())
     commands = {point["provenance"]["command"] for point in points}  # each point's own parameters, also the toy model's
-    assert "papermill book/06_toy_model.ipynb out.ipynb -p seed 1" in commands and len(commands) == 3
+    assert "papermill book/06_toy_model.ipynb out.ipynb -p profile paper -p seed 1" in commands and len(commands) == 3
     compared = 0
     for verdict in before.verdicts:
         if verdict.known:

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -56,7 +56,7 @@ def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str
     if len(seeds) < 2 or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds={list(seeds)}: give at least two different ones; an interval over seeds needs them")
     past = {claim.chapter for claim in CLAIMS.values() if claim.new}
-    notebooks = [path for path in sorted(Path(book).glob("[0-9]*.ipynb")) if sweep.has_claims(path)]
+    notebooks = [path for path in sorted(Path(book).glob("[0-9]*.ipynb")) if sweep.has_claims(sweep.code_of(path))]
     unknown = set(chapters) - {path.stem for path in notebooks}
     if not notebooks or unknown:
         called, among = ", ".join(sorted(unknown)), ", ".join(path.stem for path in notebooks)
@@ -146,7 +146,7 @@ def stamp(settings: Settings, seeds: Sequence[int], command: str) -> dict[str, A
 def _changed(settings: Settings) -> dict[str, Any]:
     """The settings that a command must name: the profile, and what is not at its default. A path is FILE, as it is on no other
     machine."""
-    usual = asdict(Settings(settings.profile))
+    usual = {each.name: each.default for each in fields(Settings)} | {"n_sequences": settings.scale.n_sequences}
     return {name: "FILE" if name == "bank_path" else value for name, value in asdict(settings).items()
             if name == "profile" or value != usual[name] and name not in ("seed", "n_seeds", "device")}
 

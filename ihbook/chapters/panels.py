@@ -145,19 +145,13 @@ def _frame(part: Part, states: Sequence[str]) -> Values | dict[str, str]:
     try:
         return part.values(*states)
     except ValueError as error:
-        return {"instead": _refusal(error)}
+        return {"instead": f'<p class="ih-error" role="alert">{html.escape(str(error))}</p>'}
 
 
 def _drawn(part: Part, states: Sequence[str]) -> str:
     """A part in these states, or what it shows in its place."""
-    try:
-        return part(*states)
-    except ValueError as error:
-        return _refusal(error)
-
-
-def _refusal(error: ValueError) -> str:
-    return f'<p class="ih-error" role="alert">{html.escape(str(error))}</p>'
+    frame = _frame(part, states)
+    return frame["instead"] if isinstance(frame, dict) else part.template.format(*frame)
 
 
 def _field(control: Control) -> str:

@@ -63,11 +63,16 @@ class Sweep:
     page: Path
 
 
-def has_claims(notebook: str | Path) -> bool:
-    """Whether a chapter makes a list `verdicts`, of the claims that it tests."""
+def code_of(notebook: str | Path) -> list[str]:
+    """The sources of a notebook's code cells."""
     import nbformat  # slow, and a kernel that only hands its numbers over does not need it
 
-    return any("verdicts = [" in cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code")
+    return [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+
+
+def has_claims(code: Sequence[str]) -> bool:
+    """Whether a chapter's code makes a list `verdicts`, of the claims that it tests."""
+    return any("verdicts = [" in source for source in code)
 
 
 @cache
@@ -86,14 +91,13 @@ def points(notebook: str | Path, grid: Mapping[str, Sequence], out: str | Path) 
     Raises ValueError for a notebook that does not exist or tests no claims, a parameter that it does not have, a parameter
     without values or with the same value twice, and a value that is not a scalar.
     """
-    import nbformat  # slow, as in `has_claims`
-    import papermill
+    import papermill  # slow, as nbformat in `code_of`
 
     notebook = Path(notebook)
     if not notebook.is_file():
         raise ValueError(f"there is no notebook {notebook}; name one, such as book/08_data_properties.ipynb")
-    code = [cell.source for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
-    if not has_claims(notebook):
+    code = code_of(notebook)
+    if not has_claims(code):
         raise ValueError(f"{notebook} makes no list `verdicts` to gather numbers from; choose a chapter that tests claims")
     try:
         known = papermill.inspect_notebook(str(notebook))

@@ -60,9 +60,6 @@ class Part:
     follows: tuple[str, ...]
     values: Callable[..., Values]
 
-    def __call__(self, *states: str) -> str:
-        return self.template.format(*self.values(*states))
-
 
 class Panel(ipywidgets.VBox):
     """Controls above the parts that follow them. Without a kernel, as in a built page, it shows `page` instead.

@@ -62,6 +62,7 @@ def test_a_run_ends_when_it_is_clear_whether_it_learns():
     assert windows.long_enough(usual, 20_001.5, 0).n_sequences == 25_002  # 1.25 times, and no less
     assert windows.long_enough(usual, 20_000, 30_016).n_sequences == 35_016  # help that lasts longer than the wait
     assert windows.long_enough(usual, 60_000, 0) == windows.long_enough(usual, math.nan, 0) == usual
+    assert windows.long_enough(usual, 20_000, 0, "layer 1") == usual != windows.long_enough(usual, 20_000, 0, "copy")
 
 
 def test_the_loss_when_help_ends_is_the_first_without_it():

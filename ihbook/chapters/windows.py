@@ -66,10 +66,10 @@ def grid(run: RunConfig, ways: Mapping[str, Sequence[Clamp]], never: float, alwa
     return {key: (helped(run, ways[key[0]], window), window) for key, window in windows.items()}
 
 
-def long_enough(run: RunConfig, never: float, until: int) -> RunConfig:
+def long_enough(run: RunConfig, never: float, until: int, clamp: str | None = None) -> RunConfig:
     """The run, but no longer than it takes to tell whether it learns: `ENOUGH` times the time without help (`never`), and at least
-    a quarter of that time after the help has ended, `until`."""
-    if math.isnan(never):
+    a quarter of that time after the help has ended, `until`. Help by one of `PERFECT_LAYER_1` leaves the length as it is."""
+    if math.isnan(never) or clamp in PERFECT_LAYER_1:
         return run
     return replace(run, n_sequences=min(run.n_sequences, math.ceil(max(ENOUGH * never, until + never / 4))))
 
@@ -137,11 +137,9 @@ def of_networks(settings: experiments.Settings, best: Sequence[int], previous: S
 
 def _as_asked(run: RunConfig, key: tuple[str, float, float], until: int, never: float,
               settings: experiments.Settings) -> RunConfig:
-    """A window's run with the checkpoints that `Help` names, `long_enough` unless Layer 1 was perfect, and longer after the
-    `SLOWEST` help."""
+    """A window's run with the checkpoints that `Help` names, `long_enough`, and longer after the `SLOWEST` help."""
     name, start, _ = key
-    if name not in PERFECT_LAYER_1:
-        run = long_enough(run, never, until)
+    run = long_enough(run, never, until, name)
     if start:
         return run
     return replace(run, checkpoint_every=settings.every(10_000) if name == "match" else until,

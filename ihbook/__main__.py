@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from ihbook import checks
 from ihbook.config import BANKS, EMBEDDINGS
 from ihbook.engine import archive
 from ihbook.engine.store import Store, default_root
@@ -73,6 +74,8 @@ def _evidence(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         settings = Settings(options.profile, bank=options.bank, bank_path=options.bank_path, embedding=options.embedding,
                             dim=options.dim, n_sequences=options.n_sequences, device=options.device)
         seeds = sweep.grid([["seed", *options.seeds]])["seed"]
+        for seed in seeds:
+            checks.whole("seed", seed, 0)
         name = options.name or evidence.column_name(settings)
         out = Path(options.out or Path(options.book) / "evidence" / f"{name}.json")
         there = evidence.read(out) if out.exists() else None
@@ -91,6 +94,13 @@ def _evidence(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
 def _store(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     where = Store(options.root)
     print(where.root)
+    try:
+        return _act(options, where)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{error}\n")
+
+
+def _act(options: argparse.Namespace, where: Store) -> int:
     if options.action == "list":
         return _list(where)
     if options.action == "verify":
@@ -100,28 +110,20 @@ def _store(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         print(f"{sum(1 for _ in where.entries()) - len(wrong)} runs are whole, {len(wrong)} damaged")
         return bool(wrong)
     if options.action in ("export", "import"):
-        return _archive(parser, options, where)
-    try:
-        gone = where.prune(days=options.days, everything=options.all)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for folder in gone:
+        return _archive(options, where)
+    for folder in where.prune(days=options.days, everything=options.all):
         print(f"removed {folder.name}")
     return 0
 
 
-def _archive(parser: argparse.ArgumentParser, options: argparse.Namespace, where: Store) -> int:
-    try:
-        if not options.file:
-            raise ValueError(f"store {options.action} needs a file; give its name, such as runs.zip")
-        if options.action == "import":
-            stored, there = archive.import_runs(where, options.file)
-            print(f"{len(stored)} runs are imported, {len(there)} were there already")
-            return 0
-        names, wrong = archive.export_runs(where, options.file)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+def _archive(options: argparse.Namespace, where: Store) -> int:
+    if not options.file:
+        raise ValueError(f"store {options.action} needs a file; give its name, such as runs.zip")
+    if options.action == "import":
+        stored, there = archive.import_runs(where, options.file)
+        print(f"{len(stored)} runs are imported, {len(there)} were there already")
+        return 0
+    names, wrong = archive.export_runs(where, options.file)
     for name, why in wrong.items():
         print(f"damaged, and left out: {name}: {why}")
     print(f"{len(names)} runs, {Path(options.file).stat().st_size / 1e6:.1f} MB: {options.file}")

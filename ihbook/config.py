@@ -38,6 +38,7 @@ class BankConfig:
         one_of("embedding", self.embedding, EMBEDDINGS)
         if self.path is not None and not isinstance(self.path, (str, os.PathLike)):
             raise ValueError(f"path={self.path!r} must be a path, or None")
+        object.__setattr__(self, "path", self.path and os.fspath(self.path))
         for name in ("n_classes", "n_exemplars", "dim"):
             whole(name, getattr(self, name), 1)
         whole("bank seed", self.seed, 0)
@@ -188,7 +189,8 @@ class RunConfig:
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a {kind.__name__}, such as {kind.__name__}()")
         if self.initial is not None and not hasattr(self.initial, "content_digest"):
-            raise ValueError(f"initial={self.initial!r} must be Weights (ihbook.model.load_weights reads them), or None")
+            raise ValueError(f"initial must be Weights (ihbook.load_weights reads them) or None, and is a "
+                             f"{type(self.initial).__name__}")
         for name, method in (("clamps", None), ("metrics", "__call__"), ("eval_sets", "draw")):
             try:
                 object.__setattr__(self, name, tuple(getattr(self, name)))

@@ -28,13 +28,16 @@ def encode(value: Any, *, defaults: bool = False) -> Any:
 
     A field of ihbook's own classes is left out while it stands at its default, unless `defaults` is true: old runs are then still
     found after a field is added. If a default changes, `VERSION` must change too. A reader's dataclass keeps all its fields and
-    adds a digest of its code. Raises TypeError for any other value, because two such values could not be told apart.
+    adds a digest of its code. Raises TypeError for any other value, because two such values could not be told apart, and for a
+    field called `type` or `code`.
     """
     if hasattr(value, "content_digest"):
         return {"type": type(value).__name__, "digest": value.content_digest}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own, fields = not _is_ours(type(value)), {}
         for f in dataclasses.fields(value):
+            if f.name in ("type", "code"):
+                raise TypeError(f"{type(value).__name__}: a field can't be called {f.name!r}, which a digest uses; rename it")
             if own or defaults or not _at_default(f, getattr(value, f.name)):
                 try:
                     fields[f.name] = encode(getattr(value, f.name), defaults=defaults)
@@ -79,7 +82,8 @@ def code_digest(kind: type) -> str:
 
 
 def _part(kind: type, name: str, member: Any) -> Any:
-    """A member of a class as JSON data. None for what the instances' fields tell, and for declarations that change no result."""
+    """A member of a class as JSON data. None for fields, whose values `encode` reads from the instance, and for declarations that
+    change no result."""
     wrapped = member.func if isinstance(member, functools.cached_property) else member  # a partial's arguments count, too
     function = getattr(member, "fget", None) or getattr(member, "__func__", None) or wrapped
     if inspect.isfunction(function):

@@ -24,10 +24,16 @@ def writing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, SafetensorError)):
+        if not isinstance(error, (OSError, SafetensorError)) or _is_elsewhere(error, path.parent):
             raise
         raise OSError(f"can't write {path} ({error}); free space there, make it writable, or choose another directory "
                       "(IHBOOK_STORE names the book's)") from error
+
+
+def _is_elsewhere(error: BaseException, folder: Path) -> bool:
+    """Whether an error is of a file outside a folder, such as one that was to be copied into it."""
+    name = getattr(error, "filename", None)
+    return isinstance(name, (str, os.PathLike)) and not Path(name).absolute().is_relative_to(folder.absolute())
 
 
 def sha256(path: Path) -> str:
@@ -70,8 +76,9 @@ def record_of(path: Path) -> dict | None:
 
 
 def prune(folder: Path, record: dict, *, before: float, everything: bool = False) -> list[Path]:
-    """Remove the `kept` files in a folder that are damaged, have another `record`, or were last used `before` (seconds since the
-    epoch); or all. Return them. Their names are 32 hex digits; others stay."""
+    """Remove the `kept` files in a folder that are damaged, have another `record`, or were last used before the time
+    `before` (seconds since the epoch); with `everything`, all of them. Return their paths. Their names are 32 hex digits; others
+    stay."""
     gone = []
     for path in sorted(folder.glob("[0-9a-f]" * 32 + ".*")):
         if path.suffix in (".json", ".lock"):

@@ -66,7 +66,8 @@ class Claim:
     def refuted_by(self) -> str:
         """What would have refuted the claim, in words."""
         parts = [f"below {self.low:g}"] * (self.low > -math.inf) + [f"above {self.high:g}"] * (self.high < math.inf)
-        return "an interval all " + " or all ".join(parts)
+        weaker = f" (in direction only if {_between(self.direction_low, self.direction_high)})" if self.has_direction else ""
+        return "an interval all " + " or all ".join(parts) + weaker
 
     @property
     def new(self) -> bool:
@@ -270,12 +271,13 @@ def record(verdicts: Sequence[Verdict], settings: Settings, seeds: Sequence[int]
 
 
 def gathered(settings: Settings) -> list[Verdict]:
-    """The verdict on every claim under these settings: "not tested" if its chapter has not run, or if the claim has changed."""
+    """The verdict on every claim under these settings: "not tested" if its chapter has not run, or if the claim is now measured
+    otherwise."""
     found = []
     for key, claim in CLAIMS.items():
         try:
             book = json.loads((_folder(settings) / f"{key}.json").read_text())
-            same = book["claim"] == json.loads(json.dumps(asdict(claim)))  # lists for tuples
+            same = book["claim"]["measure"] == claim.measure
             found.append(Verdict(claim, tuple(book["values"]), tuple(book["seeds"])) if same else Verdict(claim, ()))
         except (OSError, ValueError, KeyError):
             found.append(Verdict(claim, ()))

@@ -165,7 +165,7 @@ def provenance(settings: Settings, seeds: Sequence[int], command: str) -> dict[s
     """The `stamp` of a column, with the number of runs on its bank that are in the store, and their steps."""
     found = stamp(settings, seeds, command)
     runs = [entry.config["run"] for entry in Store().entries()
-            if entry.config.get("bank", {}).get("digest") == found["bank"]["digest"]]
+            if entry.config.get("bank", {}).get("digest") == found["bank"]["digest"] and entry.config["version"] == engine.VERSION]
     return found | {"stored_runs": len(runs), "run_steps": sum(-(-run["n_sequences"] // run["batch_size"]) for run in runs)}
 
 
@@ -302,10 +302,42 @@ def disagreements(every: Sequence[Column]) -> dict[str, dict[str, str]]:
     return found
 
 
-def apart(a: Column, b: Column) -> list[str]:
-    """The claims whose intervals on two columns do not overlap, checks left out: what lies between the columns moves these."""
-    return [v.key for v in a.verdicts if not v.claim.check and (x := v.interval) and (y := b[v.key].interval)
-            and (x[1] < y[0] or y[1] < x[0])]
+def differences(a: Column, b: Column) -> dict[str, Verdict]:
+    """The differences of two columns' numbers, seed by seed, by claim: those that have numbers of six seeds or more in both and are
+    no checks. What lies between the columns *moves* a claim where the interval of these leaves out 0."""
+    found = {}
+    for verdict in a.verdicts:
+        others = dict(zip(b[verdict.key].seeds, b[verdict.key].values, strict=False))
+        paired = {seed: value - others[seed] for seed, value in zip(verdict.seeds, verdict.values, strict=False) if seed in others}
+        change = Verdict(verdict.claim, tuple(paired.values()), tuple(paired))
+        if change.n >= 6 and not verdict.claim.check:
+            found[verdict.key] = change
+    return found
+
+
+def moved(a: Column, b: Column) -> list[str]:
+    """The claims that what lies between two columns moves."""
+    return [key for key, change in differences(a, b).items() if change.interval[0] > 0 or change.interval[1] < 0]
+
+
+def halves(column: Column) -> list[tuple[Verdict, Verdict, Verdict]]:
+    """The verdicts that have sixteen networks or more, each with those of the first eight alone and of all others alone."""
+    return [(verdict, replace(verdict, values=verdict.values[:8], seeds=verdict.seeds[:8]),
+             replace(verdict, values=verdict.values[8:], seeds=verdict.seeds[8:]))
+            for verdict in column.verdicts if len(verdict.seeds) >= 16]
+
+
+def seeds_by_chapter(column: Column) -> str:
+    """The seeds of a column's networks, in words: "5 to 12; 5 to 20 in chapters 3 and 7"."""
+    of: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for chapter in dict.fromkeys(verdict.claim.chapter for verdict in column.verdicts):
+        seeds = {seed for verdict in column.verdicts if verdict.claim.chapter == chapter for seed in verdict.seeds}
+        if seeds:
+            of[min(seeds), max(seeds)].append(chapter[:2].lstrip("0"))
+    usual = max(of, key=lambda ends: len(of[ends]), default=None)
+    return "; ".join(f"{first} to {last}" + ("" if (first, last) == usual else f" in chapter{'s' * (len(of[first, last]) > 1)} "
+                                            + ", ".join(of[first, last]))
+                     for first, last in sorted(of, key=lambda ends: ends != usual))
 
 
 def encoders(every: Sequence[Column]) -> list[tuple[Column, Column]]:

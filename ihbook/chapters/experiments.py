@@ -78,6 +78,7 @@ class Settings:
     device: str = "cpu"
 
     def __post_init__(self):
+        object.__setattr__(self, "bank_path", self.bank_path and os.fspath(self.bank_path))
         object.__setattr__(self, "profile", self.profile or os.environ.get("IHBOOK_PROFILE") or "paper")
         one_of("profile", self.profile, tuple(PROFILES))
         whole("seed", self.seed, 0)
@@ -116,8 +117,9 @@ class Settings:
 
     @property
     def digest(self) -> str:
-        """Sixteen hex digits that name these settings, except for the device and the bank's path."""
-        return digest([[name, value] for name, value in encode(self).items() if name not in ("device", "bank_path")])[:16]
+        """Sixteen hex digits that name these settings: the bank by its contents and not by its path, and without the device."""
+        named = [[name, value] for name, value in encode(self).items() if name not in ("device", "bank_path")]
+        return digest([*named, load_bank(self.run().bank).digest])[:16]
 
     @property
     def seeds(self) -> range:
@@ -145,13 +147,13 @@ class Settings:
             heads_every=self.every(heads_every), checkpoint_every=self.every(checkpoint_every))
 
 
-def two_layers(settings: Settings) -> None:
-    """Raise ValueError unless the network has two layers, and at least two heads per layer."""
+def two_layers(settings: Settings, n_heads: int = 2) -> None:
+    """Raise ValueError unless the network has two layers, and at least `n_heads` heads per layer."""
     if settings.n_layers != 2:
         raise ValueError(f"n_layers={settings.n_layers}: this chapter takes Layer 1 and Layer 2 apart, and is defined for "
                          "n_layers=2; chapter 2 takes networks of any depth")
-    if settings.n_heads < 2:
-        raise ValueError(f"n_heads={settings.n_heads}: this chapter compares heads; choose at least 2")
+    if settings.n_heads < n_heads:
+        raise ValueError(f"n_heads={settings.n_heads}: this chapter compares heads; choose at least {n_heads}")
 
 
 def main_runs(settings: Settings) -> list[RunConfig]:

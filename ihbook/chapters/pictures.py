@@ -94,7 +94,7 @@ def _image(axes: Axes, image: torch.Tensor, *, frame: str | None = None) -> None
 @in_style
 def contact_sheet(images: torch.Tensor, n_classes: int = 12) -> Picture:
     """Characters `[class, exemplar, 28, 28]`, one column per class, one row per exemplar (up to 5). Exemplar 0 trains."""
-    n_exemplars = min(images.shape[1], 5)
+    n_classes, n_exemplars = min(len(images), n_classes), min(images.shape[1], 5)
     figure = Picture(figsize=(8, 8 * n_exemplars / n_classes * 1.04))
     grid = figure.subplots(n_exemplars, n_classes, gridspec_kw={"wspace": 0.05, "hspace": 0.05})
     for e, row in enumerate(np.atleast_2d(grid)):
@@ -158,18 +158,17 @@ def label_pairs(train: torch.Tensor, test: torch.Tensor, n_labels: int) -> Pictu
     return figure
 
 
-def _heat(axes: Axes, values: torch.Tensor, limits: tuple[float, float], digits: int) -> matplotlib.image.AxesImage:
+def _heat(axes: Axes, values: torch.Tensor, limits: tuple[float, float]) -> None:
     """Draw a matrix as a heat map with its numbers in the cells."""
-    image = axes.imshow(values.numpy(), cmap="Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
+    axes.imshow(values.numpy(), cmap="Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
     for (i, j), value in np.ndenumerate(values.numpy()):
         dark = value > limits[0] + 0.6 * (limits[1] - limits[0])
-        if digits and value >= 0.005:
-            axes.text(j, i, f"{value:.{digits}f}".lstrip("0") or "0", ha="center", va="center", fontsize=7.5,
+        if value >= 0.005:
+            axes.text(j, i, f"{value:.2f}".lstrip("0") or "0", ha="center", va="center", fontsize=7.5,
                       color="white" if dark else INK)
     axes.tick_params(length=0, labelsize=8.5)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return image
 
 
 @in_style
@@ -179,7 +178,7 @@ def attention(patterns: Mapping[str, torch.Tensor], tokens: Sequence[str]) -> Pi
     rows = -(-len(patterns) // columns)
     figure = Picture(figsize=(1.95 * columns, 2.1 * rows))
     for axes, (title, pattern) in zip(figure.subplots(rows, columns, squeeze=False).flatten(), patterns.items(), strict=False):
-        _heat(axes, pattern, (0.0, 1.0), 2)
+        _heat(axes, pattern, (0.0, 1.0))
         axes.set(xticks=range(len(tokens)), yticks=range(len(tokens)), xticklabels=tokens, yticklabels=tokens)
         axes.set_title(title, fontsize=8.5)
     figure.alt = "Attention patterns; where the last token looks: " + "; ".join(

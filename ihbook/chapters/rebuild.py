@@ -35,7 +35,7 @@ def setup(app):
 
 
 def _hush():
-    """Of what is no warning, let the terminal show only what this extension says (`jupyter-book build -v` shows everything)."""
+    """Apart from warnings, show only this extension's messages in the terminal (`jupyter-book build -v` shows everything)."""
     for handler in logging.getLogger(NAMESPACE).handlers:
         if any(isinstance(each, InfoFilter) for each in handler.filters):
             handler.addFilter(logging.Filter(f"{NAMESPACE}.{__name__}"))

@@ -102,7 +102,7 @@ def on_stairs(result: Result, width: float = 0.05) -> float:
     seen = np.linspace(start, end, 2001)
     value = np.interp(seen, losses.index, losses)
     steps = [math.log(m) / math.log(n_ways) for m in range(2, n_ways)]
-    return math.nan if math.isnan(end) or not steps else float(np.mean([np.abs(value - step) < width for step in steps], 1).sum())
+    return math.nan if math.isnan(end) or not steps else float(np.any([np.abs(value - step) < width for step in steps], 0).mean())
 
 
 def exponent(short: Result, long: Result) -> float:

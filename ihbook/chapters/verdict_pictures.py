@@ -44,14 +44,14 @@ def sweep(table: pd.DataFrame, varied: Sequence[str], claims: Mapping[str, Any])
     if hue:
         handles = [grid[0].plot([], [], "o-", color=colour, label=f"{hue}={name}")[0] for name, colour in palette.items()]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.alt = f"Against {order[0]}, a panel a claim. " + "; ".join(words) + "."
+    figure.alt = f"Against {order[0]}, one panel per claim. " + "; ".join(words) + "."
     return figure
 
 
 @in_style
 def columns(of_claim: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Picture:
-    """A panel a claim: for each column of evidence, one dot a seed, the median, and its interval as a bar (`claims.Verdict`, in the
-    order of `names`). Shading marks where the claim holds, a dotted line the published number; ▸ counts seeds that never got
+    """One panel per claim: for each column of evidence, one dot per seed, the median, and its interval as a bar (`claims.Verdict`,
+    in the order of `names`). Shading marks where the claim holds, a dotted line the published number; ▸ counts seeds that never got
     there."""
     figure = Picture(figsize=(9.6, (0.55 + 0.33 * len(names)) * len(of_claim) + 0.4))
     words = []

@@ -49,8 +49,9 @@ def compiled(plain: Callable, arguments: tuple, tensors: list[Tensor],
         run = _loaded(graph, tensors, wait)
     except Busy:
         raise
-    except Exception as error:  # whatever it is, the plain step raises it again, or does without
-        warnings.warn(f"training is not compiled, and takes four to eight times as long: {_first_line(error)}", stacklevel=2)
+    except Exception as error:  # the plain function is called instead, and raises an error of the caller's again
+        warnings.warn(f"{plain.__name__} can't be compiled, and takes several times as long without: {_first_line(error)}",
+                      stacklevel=2)
         return None
     if names is None:
         return lambda *values: run(values)[0]

@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 
+import h5py
+import numpy as np
 import pytest
 
 from ihbook.chapters import claims, experiments
@@ -80,7 +82,20 @@ def test_what_is_recorded_is_gathered_and_nothing_else(tmp_path, monkeypatch):
     for other in ({"seed": 6}, {"n_seeds": 2}):
         assert {v.word for v in claims.gathered(replace(QUICK, **other))} == {"not tested"}
     monkeypatch.setitem(claims.CLAIMS, "redundant", replace(claims.CLAIMS["redundant"], high=0.3))
-    assert {v.key: v.word for v in claims.gathered(QUICK)}["redundant"] == "not tested"  # it is another claim now
+    assert {v.key: v.word for v in claims.gathered(QUICK)}["redundant"] == "holds"  # by the bound of today
+    monkeypatch.setitem(claims.CLAIMS, "redundant", replace(claims.CLAIMS["redundant"], measure="something else"))
+    assert {v.key: v.word for v in claims.gathered(QUICK)}["redundant"] == "not tested"
+
+
+def test_settings_are_named_by_what_the_bank_holds(tmp_path):
+    """Two files under one name of a bank are two settings; one file under two paths is one, as text or as a path."""
+    paths = [tmp_path / f"{name}.h5" for name in "abc"]
+    for path, value in zip(paths, (0, 0, 1), strict=True):
+        with h5py.File(path, "w") as file:
+            file["resnet18/224/feat"] = np.random.default_rng(value).random((160, 5, 8), dtype=np.float32)
+    settings = replace(QUICK, bank="authors", bank_path=paths[0], dim=8)
+    a, b, c = (replace(settings, bank_path=path).digest for path in paths)
+    assert a == b != c and replace(settings, bank_path=str(paths[0])).digest == a
 
 
 @pytest.mark.parametrize("bad, words", [

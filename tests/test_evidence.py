@@ -167,7 +167,33 @@ def test_where_columns_disagree():
     found = evidence.disagreements([a, b])
     assert found == {"plateau": {"a": "holds", "b": "differs"}, "redundant": {"a": "holds", "b": "differs"}}
     assert evidence.matrix([a, b]).shape == (len(claims.CLAIMS), 5)
-    assert evidence.counts(a) == {"holds": len(claims.CLAIMS) - 4, "check": 4}
+    assert evidence.counts(a) == {"holds": len(claims.CLAIMS) - 5, "check": 5}
+
+
+def test_what_moves_between_two_columns_is_seen_seed_by_seed():
+    """Seeds that differ much from each other, and little between the columns, in an order of their own."""
+    a = evidence.Column("a", {}, [Verdict(AT_MOST_1, (1.0, 3.0, 2.0, 5.0, 4.0, 7.0, math.nan), (5, 6, 7, 8, 9, 10, 11))])
+    b = evidence.Column("b", {}, [Verdict(AT_MOST_1, (1.2, 7.2, 3.3, 2.2, 5.1, 4.3, 9.0), (5, 10, 6, 7, 8, 9, 11))])
+    assert evidence.moved(a, b) == ["x"] and evidence.moved(a, a) == []
+    change = evidence.differences(b, a)["x"]
+    assert change.n == 6 and change.median == pytest.approx(0.2) and change.interval[0] > 0
+    few = replace(b, verdicts=[replace(v, values=v.values[:5], seeds=v.seeds[:5]) for v in b.verdicts])
+    assert evidence.differences(a, few) == {}
+
+
+def test_sixteen_networks_are_two_times_eight():
+    verdict = Verdict(AT_MOST_1, tuple(range(16)), tuple(range(5, 21)))
+    column = evidence.Column("a", {}, [verdict, replace(verdict, values=verdict.values[:15], seeds=verdict.seeds[:15])])
+    (whole, first, second), = evidence.halves(column)
+    assert whole is verdict and first.values + second.values == verdict.values and first.seeds == tuple(range(5, 13))
+
+
+def test_chapters_with_more_seeds_are_named():
+    def of(key, n):
+        return Verdict(claims.CLAIMS[key], (1.0,) * n, tuple(range(5, 5 + n)))
+    some = [of("plateau", 8), of("direct", 8), of("redundant", 16), of("three-pt", 16), of("seeds-change", 0)]
+    assert evidence.seeds_by_chapter(evidence.Column("a", {}, some[:3])) == "5 to 12; 5 to 20 in chapter 3"
+    assert evidence.seeds_by_chapter(evidence.Column("a", {}, [*some, of("classes-b", 8)])) == "5 to 12; 5 to 20 in chapters 3, 7"
 
 
 RECORDED = sorted((BOOK / "evidence").glob("*.json"))

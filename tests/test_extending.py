@@ -229,6 +229,10 @@ def test_a_reader_s_fields_are_all_in_the_digest():
     one, two = (make_dataclass("Mine", [("strength", float, default)], frozen=True, namespace={"writes": LookAtSelf.__call__})
                 for default in (1.0, 2.0))
     assert RunConfig(clamps=[one()]).digest != RunConfig(clamps=[two()]).digest
+    for name in ("code", "type"):  # which a digest has itself
+        taken = make_dataclass("Mine", [(name, int, 1)], frozen=True, namespace={"writes": LookAtSelf.__call__})
+        with pytest.raises(TypeError, match=f"a field can't be called '{name}'.*rename"):
+            RunConfig(clamps=[taken()]).digest  # noqa: B018
 
 
 WATCHED = """
@@ -420,6 +424,13 @@ def test_the_layer_of_the_induction_heads(networks, batch):
     result = training.Result(RUN, None, None, networks[0], {})
     strength = measure(networks[0], batch)["strength"][0]
     assert experiments.induction_layer(result, batch) == 1 and len(strength) == 2
+
+
+@pytest.mark.parametrize("package", ["chapters", "clamps", "engine"])
+def test_a_package_names_its_modules(package):
+    module = importlib.import_module(f"ihbook.{package}")
+    for path in Path(module.__file__).parent.glob("[a-z]*.py"):
+        assert f"`{path.name}`" in module.__doc__
 
 
 # The wheel.

@@ -22,6 +22,7 @@ from ihbook.__main__ import main
 from ihbook.engine import folders, step
 from ihbook.engine.prepared import Prepared
 from ihbook.engine.store import Store, default_root
+from ihbook.files import writing
 
 
 @pytest.fixture
@@ -188,6 +189,14 @@ def test_a_store_that_cannot_be_written_is_a_clear_error(small_bank, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="IHBOOK_STORE"):
         fetch(Store(tmp_path / "file" / "store"), [RUN], small_bank)
+
+
+def test_a_file_that_cannot_be_read_is_not_blamed_on_the_one_that_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), writing(tmp_path / "out"):
+        (tmp_path.parent / "elsewhere").read_text()
+    with pytest.raises(OSError, match="can't write.*IHBOOK_STORE"), writing(tmp_path / "out") as partial:
+        partial.with_name("there").read_text()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(store, small_bank, monkeypatch):

@@ -63,6 +63,14 @@ def previous_token_attention(pattern: Tensor) -> Tensor:
     return pattern[..., labels, labels - 1].mean(-1)
 
 
+def check_names(more: Sequence[Metric]) -> None:
+    """Raise ValueError where two metrics, or one of `more` and one of the book's, have the same name."""
+    names = [*METRICS, "strength", "previous_token", *(metric.name for metric in more)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"metrics: another metric is named {name!r}; give each a name of its own")
+
+
 @torch.no_grad()
 def summed(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan, more: Sequence[Metric] = (),
            table: Tensor | None = None) -> dict[str, Tensor]:
@@ -73,9 +81,8 @@ def summed(params: Params, batch: Batch, config: ModelConfig, plan: compose.Plan
     batch = batch.expand(len(acts.logits))
     patterns = [acts["pattern", i].expand(len(acts.logits), -1, -1, -1, -1) for i in range(config.n_layers)]
     values = query_metrics(acts.logits, batch)
+    check_names(more)
     for metric in more:
-        if metric.name in (*values, "strength", "previous_token"):
-            raise ValueError(f"metrics: another metric is named {metric.name!r}; give each a name of its own")
         value = metric(acts, batch)
         if value.shape[1:] != (len(batch),):
             raise ValueError(f"metrics: {metric.name!r} has values {list(value.shape)}; they must be [run, batch], here "

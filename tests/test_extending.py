@@ -122,7 +122,7 @@ def test_a_program_made_for_one_metric_does_not_serve_another(monkeypatch):
 
 
 @pytest.mark.parametrize("metric, words", [
-    (replace(Margin(), name="loss"), "two metrics have one name"), (Margin, "the class Margin; give one made of it"), ("margin", "each needs a `name`"),
+    (replace(Margin(), name="loss"), "another metric is named .loss."), (Margin, "the class Margin; give one made of it"), ("margin", "each needs a `name`"),
 ])
 def test_a_metric_that_cannot_be_recorded_is_refused(metric, words, small_bank):
     with pytest.raises(ValueError, match=words):

@@ -65,6 +65,13 @@ def test_a_run_ends_when_it_is_clear_whether_it_learns():
     assert windows.long_enough(usual, 20_000, 0, "layer 1") == usual != windows.long_enough(usual, 20_000, 0, "copy")
 
 
+def test_how_sharp_a_drop_is():
+    """The loss falls by 0.1 in the second quarter of the time to the change, and by 0.8 from 3/4 to 5/4 of it: 4 times as fast."""
+    drop = a_result({0: 1.6, 250: 1.3, 500: 1.2, 750: 0.9, 1000: 0.4 * math.log(2), 1250: 0.1})
+    assert experiments.sharpness(drop) == pytest.approx(4)
+    assert math.isnan(experiments.sharpness(a_result({0: 1.6, 1000: 1.0})))
+
+
 def test_the_loss_when_help_ends_is_the_first_without_it():
     helped = a_result({0: 1.6, 640: 0.1, 1280: 0.8})
     assert experiments.loss_from(helped, 650) == 0.8 and experiments.loss_from(helped, 640) == 0.1

@@ -27,6 +27,8 @@ from ihbook.model import Weights
 from ihbook.task import Batch, Splits
 
 PUBLISHED = 1_000_000  # sequences of the paper's main run
+PUBLISHED_STRENGTHS = (.418, .736, .708, .845, .289, .553, .104, .570)  # of the paper's heads 0 to 7 (Figure 3b)
+STRONG = 0.3  # an induction strength above it is a strong head's: it parts the paper's weak heads from the others
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
@@ -252,7 +254,7 @@ def previous_token_runs(settings: Settings, head: int, previous: Sequence[int], 
     none and with the last (strongest) of `previous`, and with the first that is not in it, all of it, and every head."""
     six, n_heads = six_runs(settings, head, previous[-1], nth), settings.n_heads
     chosen = {"another head": [next(h for h in range(n_heads) if h not in previous)], "three heads": previous,
-              "all eight": range(n_heads)}
+              "all heads": range(n_heads)}
     return {name: six[name] for name in ("nothing", "previous token")} | {
         name: single_head(settings.run(8e5, nth=nth), head,
                           clamps.PreviousToken((0, some[0]) if len(some) == 1 else [(0, h) for h in some]))
@@ -294,6 +296,13 @@ def curve(result: Result, eval_set: str = "train", metric: str = "loss", **colum
     constant `columns`."""
     rows = result.metrics[(result.metrics["eval_set"] == eval_set) & (result.metrics["metric"] == metric)]
     return rows[["sequences", "value"]].assign(run=result.run.init_seed, **columns)
+
+
+def sharpness(result: Result) -> float:
+    """How many times faster the training loss falls in the half around the phase change than in the second quarter of the time to
+    it (`metrics.plateau`; Figures 3a, 5b, 7); NaN where there is no change."""
+    _, waits, falls = metrics.plateau(curve(result).set_index("sequences")["value"], phase_change(result))
+    return falls / 2 / waits
 
 
 def progress(result: Result, batch: Batch, clamps: Sequence[Any], **columns: Any) -> pd.DataFrame:

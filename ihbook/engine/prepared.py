@@ -15,7 +15,7 @@ from ihbook import engine, task
 from ihbook.banks import load_bank
 from ihbook.clamps import Clamp, Shape, Write, compose
 from ihbook.config import BankConfig, RunConfig
-from ihbook.metrics import METRICS
+from ihbook.metrics import check_names
 from ihbook.model import Source, Weights, initial_weights
 from ihbook.task import Bank, Batch, Splits
 
@@ -76,9 +76,7 @@ class Prepared:
         if run.model.positions == "learned" and shape_of(run).n_positions > run.model.max_positions:
             raise ValueError(f"n_pairs={run.task.n_pairs} makes {shape_of(run).n_positions} positions, but max_positions="
                              f"{run.model.max_positions}; raise it")
-        names = [*METRICS, "strength", "previous_token", *(metric.name for metric in run.metrics)]
-        if len(set(names)) < len(names):
-            raise ValueError(f"metrics: two metrics have one name among {', '.join(names)}; give each a name of its own")
+        check_names(run.metrics)
         eval_sets = (evaluation_sets(splits, run.eval_seed, run.eval_size, run.eval_sets)
                      if run.eval_every or run.heads_every else {})
         return cls(run, bank, splits, eval_sets, weights, f"{run.digest}-{bank.digest[:16]}")

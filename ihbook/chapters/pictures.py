@@ -194,7 +194,7 @@ def wiring(grids: Mapping[str, torch.Tensor], rows: Sequence[str], columns: Sequ
     low, high = limits or (0.0, max(float(grid.max()) for grid in grids.values()))
     figure = Picture(figsize=(7.6, 3.3 * -(-len(grids) // 2)))
     for axes, (title, grid) in zip(figure.subplots(-(-len(grids) // 2), 2).flatten(), grids.items(), strict=False):
-        _heat(axes, grid, (low, high), 2)
+        _heat(axes, grid, (low, high))
         axes.set(title=title.strip(), xticks=range(len(columns)), yticks=range(len(rows)), xticklabels=columns, yticklabels=rows,
                  xlabel="head of Layer 1", ylabel="head of Layer 2")
         axes.label_outer(remove_inner_ticks=False)

@@ -172,15 +172,15 @@ def _figure(claim: Claim) -> str:
 def headline(chapter: str, verdicts: Mapping[str, Verdict]) -> str:
     """What the introduction says of a chapter, from the verdicts on its claims."""
     words = HEADLINES[chapter]
-    asked = [verdicts[key] for key in words.claims]
-    if any(not verdict.known for verdict in asked):
+    tested = [verdicts[key] for key in words.claims]
+    if any(not verdict.known for verdict in tested):
         return "This build has not tested it."
-    numbers = {verdict.key: verdict.median for verdict in asked}
-    held = all(verdict.word in ("holds", "check") for verdict in asked)
+    numbers = {verdict.key: verdict.median for verdict in tested}
+    held = all(verdict.word in ("holds", "check") for verdict in tested)
     if any(map(math.isinf, numbers.values())):
         return f"It {'holds' if held else 'does not hold'} here: some of the {words.of}s never get that far."
     said = (words.held if held else words.not_held).format(**numbers)
-    unsettled = not held and all(verdict.word in ("holds", "check", "undecided") for verdict in asked)
+    unsettled = not held and all(verdict.word in ("holds", "check", "undecided") for verdict in tested)
     return f"{said} Not all of this is settled by the {words.of}s of this build." if unsettled else said
 
 

@@ -123,8 +123,8 @@ def scores(weights: Weights, splits: Splits, sequences: Batch, batch: Batch) -> 
     labels = F.layer_norm(weights.tensors["label_embed.weight"].T, (embed.shape[0],))
     (_, _, v1, o1), (q, k, v, o) = (model.by_head(weights.tensors, layer, weights.config) for layer in (0, 1))
     moved = F.layer_norm(torch.einsum("jmd,jdn,cn->jcm", o1, v1, x), (embed.shape[0],))
-    asked, offered = torch.einsum("hdm,cm->hcd", q, x), torch.einsum("hdm,jcm->hjcd", k, moved)
-    match = _on_diagonal(torch.einsum("hcd,hjed->hjce", asked, offered)).amax(1)
+    queries, offered = torch.einsum("hdm,cm->hcd", q, x), torch.einsum("hdm,jcm->hjcd", k, moved)
+    match = _on_diagonal(torch.einsum("hcd,hjed->hjce", queries, offered)).amax(1)
     written = torch.einsum("lm,hmd,hdn,an->hal", weights.tensors["unembed.weight"], o, v, labels)
     strength = metrics.measure(weights, sequences)["strength"][0, 1]
     with torch.enable_grad():

@@ -188,13 +188,13 @@ def _told(stop: str | None) -> Callable[[], bool]:
         return lambda: False
     from distributed import Event
 
-    event, asked = Event(stop), time.monotonic()
+    event, looked = Event(stop), time.monotonic()
 
     def told() -> bool:
-        nonlocal asked
-        if time.monotonic() - asked < 2:
+        nonlocal looked
+        if time.monotonic() - looked < 2:
             return False
-        asked = time.monotonic()
+        looked = time.monotonic()
         return event.is_set()
 
     return told

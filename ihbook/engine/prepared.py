@@ -23,11 +23,11 @@ from ihbook.task import Bank, Batch, Splits
 def check_device(device: str | torch.device) -> None:
     """Raise ValueError for a device that this machine does not have."""
     try:
-        asked = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is not known; choose 'cpu' or 'cuda'") from error
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if str(asked) not in ["cpu", *(["cuda"] if gpus else []), *gpus]:
+    if str(chosen) not in ["cpu", *(["cuda"] if gpus else []), *gpus]:
         raise ValueError(f"device={device!r} is not at hand on this machine; choose {' or '.join(['cpu', *gpus])}")
 
 

@@ -59,13 +59,13 @@ def now_and_then(report: Report) -> Callable[[int, Tensor | None], None]:
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
     """Make Ctrl-C and SIGTERM only set a flag, so that every step is completed; yield the function that reads the flag."""
-    asked = threading.Event()
+    stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield stopping.is_set
         return
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked.is_set
+        yield stopping.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -70,7 +70,8 @@ def _encode(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
 
 
 def quantised(weights: list[Tensor], biases: list[Tensor]) -> dict[str, Tensor]:
-    """An encoder's whole numbers from real weights `[out, in, 3, 3]` and biases `[out]`: 8 bits and a power of two a channel."""
+    """An encoder's whole numbers from real weights `[out, in, 3, 3]` and biases `[out]`: 8 bits per weight, and one power of
+    two per channel."""
     numbers = {}
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         exponent = (127 / weight.flatten(1).abs().amax(1).clamp_min(1e-6)).log2().floor()

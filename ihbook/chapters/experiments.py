@@ -250,8 +250,8 @@ def six_runs(settings: Settings, head: int, previous: int, nth: int = 0) -> dict
 
 
 def previous_token_runs(settings: Settings, head: int, previous: Sequence[int], nth: int = 0) -> dict[str, RunConfig]:
-    """The runs of Figure 8 for the `nth` seed, by which heads of Layer 1 are clamped to the token before: those of Figure 5b with
-    none and with the last (strongest) of `previous`, and with the first that is not in it, all of it, and every head."""
+    """The runs of Figure 8 for the `nth` seed, by which heads of Layer 1 are clamped to the token before: none and the last
+    (strongest) of `previous`, as in Figure 5b; the first head that is not in `previous`; all of `previous`; and every head."""
     six, n_heads = six_runs(settings, head, previous[-1], nth), settings.n_heads
     chosen = {"another head": [next(h for h in range(n_heads) if h not in previous)], "three heads": previous,
               "all heads": range(n_heads)}
@@ -374,6 +374,6 @@ def rank_correlations(heads: pd.DataFrame, column: str) -> list[float]:
 
 
 def random_correlations(n_heads: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Spearman's correlations of `n_heads` heads with heads in random order, in an array of this shape: what no relation gives."""
+    """Spearman's correlations of `n_heads` heads with heads in random order, in an array of this shape: the null distribution."""
     ranks = np.arange(n_heads) - (n_heads - 1) / 2
     return np.random.default_rng(seed).permuted(np.broadcast_to(ranks, (*shape, n_heads)), axis=-1) @ ranks / (ranks @ ranks)

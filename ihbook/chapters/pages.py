@@ -35,7 +35,7 @@ class Wording:
 @dataclass(frozen=True)
 class Headline:
     """What the introduction says of a chapter, by whether all of `claims` hold, with `{key}` for the median of each; `nutshell`
-    are the claims that the chapter's box tells; `of` is what its numbers are of, one of each seed."""
+    are the claims that the chapter's box tells; `of` names what is measured once per seed."""
 
     title: str
     claims: tuple[str, ...]

@@ -261,8 +261,8 @@ def run_curves(table: pd.DataFrame, colour: Mapping[str, str], *,
 
 @in_style
 def head_dots(table: pd.DataFrame) -> Picture:
-    """Induction strengths of heads, from the columns panel, run, head, value: a panel each, with heads in the order of their means,
-    and a dot per run (chapter 12)."""
+    """Induction strengths of heads, from the columns panel, run, head, value: one plot per panel, with heads in the order of their
+    means, and a dot per run (chapter 12)."""
     names = list(table["panel"].unique())
     figure, words = Picture(figsize=(9.6, 2.7 * -(-len(names) // 4))), []
     grid = figure.subplots(-(-len(names) // 4), min(4, len(names)), sharey=True, squeeze=False)

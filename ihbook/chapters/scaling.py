@@ -17,7 +17,7 @@ from ihbook.engine.results import Result
 from ihbook.task import Batch
 
 N_LABELS = 10  # enough for eight pairs
-GIVEN = 0.25  # of the length of a run with nothing given: with a part given, one that learns learns soon
+GIVEN = 0.25  # the share of an unclamped run's length: a clamped run that learns at all learns early
 SQUARE = (1.5, 2.5)  # exponents that count as a square
 LONGER = {2: 1, 4: 3, 8: 8}  # times as many sequences as with two pairs
 MOST = 300  # evaluations of a run: with more, those of long runs on long contexts cost a third of the training

@@ -169,9 +169,10 @@ def looks(weights: Weights, head: int, sequences: Batch) -> dict[str, float]:
 
 def controls(settings: experiments.Settings, best: Sequence[int], help: Help, length: float,
              device: str = "cpu") -> Found:
-    """What could make help with a perfect Layer 1 do harm? For help of this length from the start, by (clamp, one of `HEADS`, one
-    of `CONTROLS`, network): a result, and its time of the phase change over that without help. Under `SLOWEST` there are all but a
-    new optimiser for a head that was off, under layer 1 the heads that were helped, and never, that look at labels alone."""
+    """Controls of help with a perfect Layer 1 of this length from the start, which can do harm. By (clamp, one of `HEADS`, one of
+    `CONTROLS`, network): the result, and the time of its phase change over that without help. Under `SLOWEST` every combination is
+    there that can be, but for a new optimiser of a head that was off. Under layer 1 there are the helped head as it is, and the
+    helped and the never helped head that look at labels alone."""
     as_it_is, anew, looking = CONTROLS
     asked: dict[tuple[str, str, str, int], tuple[RunConfig, int]] = {}  # with the sequences that were seen before the run
     for (i, name, start, this), (_, until) in help.windows.items():

@@ -112,11 +112,11 @@ def _on_diagonal(table: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scores(weights: Weights, splits: Splits, sequences: Batch, batch: Batch) -> pd.DataFrame:
-    """What might tell before the first step how far a head of Layer 2 will come, one row per head. `strength` on `sequences`, which
-    must be many, as the heads hardly differ; `composition`, the largest key composition score with a head of Layer 1; `match`, how
-    much its scores prefer a character to others, where the best head of Layer 1 has moved it; `copy`, how much its output prefers
-    the label that it reads; `gradient`, the norm of its weights' gradient on `batch`. Positions and the other heads are left out of
-    `match` and `copy`."""
+    """What may predict, before the first step, how strong each head of Layer 2 becomes, one row per head. `strength` on
+    `sequences`, which must be many, as the heads hardly differ; `composition`, the largest key composition score with a head of
+    Layer 1; `match`, how much its scores prefer a character to others, where the best head of Layer 1 has moved it; `copy`, how
+    much its output prefers the label that it reads; `gradient`, the norm of its weights' gradient on `batch`. Positions and the
+    other heads are left out of `match` and `copy`."""
     characters = splits.train_bank[0]
     embed = weights.tensors["exemplar_embed.weight"]
     x = F.layer_norm(characters.to(embed) @ embed.T + weights.tensors["exemplar_embed.bias"], (embed.shape[0],))

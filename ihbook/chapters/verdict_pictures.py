@@ -52,15 +52,14 @@ def sweep(table: pd.DataFrame, varied: Sequence[str], claims: Mapping[str, Any])
 def columns(of_claim: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Picture:
     """One panel per claim: for each column of evidence, one dot per seed, the median, and its interval as a bar (`claims.Verdict`,
     in the order of `names`). Shading marks where the claim holds, a dotted line the published number; ▸ counts seeds that never got
-    there."""
+    there. Panels of one claim share their axis."""
     figure = Picture(figsize=(9.6, (0.55 + 0.33 * len(names)) * len(of_claim) + 0.4))
-    words = []
+    words, limits = [], {}
+    for verdicts in of_claim.values():
+        limits[verdicts[0].claim.key] = _limits(verdicts, *limits.get(verdicts[0].claim.key, ()))
     for axes, (title, verdicts) in zip(figure.subplots(len(of_claim), 1, squeeze=False).flatten(), of_claim.items(), strict=True):
         claim = verdicts[0].claim
-        finite = [v for verdict in verdicts for v in verdict.known if math.isfinite(v)]
-        ends = [*finite, *(x for x in (claim.low, claim.high, claim.published_value) if x is not None and math.isfinite(x))]
-        margin = 0.08 * (max(ends) - min(ends)) or 0.1
-        low, high = min(ends) - margin, max(ends) + margin
+        low, high = limits[claim.key]
         axes.axvspan(max(low, claim.low), min(high, claim.high), color=PALETTE[2], alpha=0.12, lw=0)
         if claim.published_value is not None:
             axes.axvline(claim.published_value, color=INK, ls=":", lw=1.3)
@@ -80,8 +79,17 @@ def columns(of_claim: Mapping[str, Sequence[Any]], names: Sequence[str]) -> Pict
         axes.set(xlim=(low, high), ylim=(len(verdicts) - 0.4, -0.6), yticks=range(len(names)), xlabel=claim.measure)
         axes.set_yticklabels(names)
         axes.tick_params(axis="y", length=0)
-        axes.set_title(title)
+        axes.set_title("\n".join(textwrap.wrap(title, 84)))
         axes.xaxis.label.set_fontsize(9.5)
         words.append(f"{title}: " + ", ".join(f"{name} {v.measured}, {v.word}" for name, v in zip(names, verdicts, strict=True)))
     figure.alt = "; ".join(words) + "."
     return figure
+
+
+def _limits(verdicts: Sequence[Any], *more: float) -> tuple[float, float]:
+    """The ends of an axis that has all finite numbers of these verdicts, their claim's bounds, its published number, and `more`."""
+    claim = verdicts[0].claim
+    ends = [x for x in (*(v for verdict in verdicts for v in verdict.known), claim.low, claim.high, claim.published_value)
+            if x is not None and math.isfinite(x)]
+    margin = 0.08 * (max(ends) - min(ends)) or 0.1
+    return min([min(ends) - margin, *more]), max([max(ends) + margin, *more])

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ihbook.checks import at_least, flag, one_of, positive, whole
+from ihbook.checks import at_least, between, flag, one_of, positive, whole
 from ihbook.digest import digest
 
 BANKS = ("glyphs", "omniglot", "authors", "gaussian", "onehot")
@@ -106,8 +106,8 @@ class TaskConfig:
 @dataclass(frozen=True)
 class ModelConfig:
     """The transformer's architecture (chapter 2). The data give the exemplar dim and the number of labels. `mlp_ratio` is the
-    MLP's width divided by `d_model`; 0 means attention only. `init_scale` multiplies every initial matrix but the label and
-    position tables. `max_positions` is a learned position table's length. Raises ValueError for an impossible value."""
+    MLP's width divided by `d_model`, at most 1000; 0 means attention only. `init_scale` multiplies every initial matrix but the
+    label and position tables. `max_positions` is a learned position table's length. Raises ValueError for an impossible value."""
 
     n_layers: int = 2
     d_model: int = 64
@@ -130,7 +130,7 @@ class ModelConfig:
                              f"{self.n_heads} is odd; change one, or choose other positions")
         if self.positions == "sinusoidal" and self.d_model % 2:
             raise ValueError(f"sinusoidal positions need an even d_model, not {self.d_model}")
-        at_least("mlp_ratio", self.mlp_ratio, 0)
+        between("mlp_ratio", self.mlp_ratio, 0, 1000)  # beyond that no memory suffices
         if self.mlp_ratio and not self.d_mlp:
             raise ValueError(f"mlp_ratio={self.mlp_ratio!r} of d_model={self.d_model} leaves no hidden feature; raise it")
         for name in ("rotary_base", "init_scale"):

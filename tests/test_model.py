@@ -159,7 +159,7 @@ def test_positions_follow_their_formula(positions, angles):
 
 
 @pytest.mark.parametrize("bad", [{"n_heads": 7}, {"mlp_ratio": 0.001}, {"d_model": 8, "n_heads": 8}, {"positions": "alibi"}, {"n_layers": 0},
-                                 {"mlp_ratio": -1}, {"rotary_base": 0}, {"d_model": 64.0},
+                                 {"mlp_ratio": -1}, {"mlp_ratio": 1e8}, {"rotary_base": 0}, {"d_model": 64.0},
                                  {"positions": "sinusoidal", "d_model": 63, "n_heads": 7}])
 def test_bad_architectures_are_refused(bad):
     with pytest.raises(ValueError, match=str(next(iter(bad.values()))).replace(".", r"\.")):

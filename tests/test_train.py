@@ -722,7 +722,7 @@ def test_a_compiled_program_is_for_arguments_in_one_order(small_bank, tmp_path, 
 @pytest.mark.skipif(not compiled.has_compiler(), reason="there is no C++ compiler on this machine")
 def test_what_cannot_be_compiled_is_trained_all_the_same(small_bank):
     run = replace(RUN, clamps=(Untraceable(),), n_sequences=320)
-    with pytest.warns(UserWarning, match="training is not compiled"):
+    with pytest.warns(UserWarning, match="train_step can.t be compiled"):
         [found] = train([run], small_bank, compile=True)
     same(found, train([run], small_bank, compile=False)[0])
 

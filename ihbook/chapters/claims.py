@@ -161,8 +161,8 @@ class Verdict:
 
     @property
     def n_needed(self) -> int | None:
-        """About how many seeds would decide an undecided claim, if the median stays where it is; None for another, and for fewer
-        than six numbers, whose interval is no more than their range."""
+        """About how many seeds would decide an undecided claim, if the median stays where it is; None for another, for fewer than
+        six numbers, whose interval is no more than their range, and where the median lies on a bound (more than 10,000)."""
         if self.word != "undecided" or self.n < 6:
             return None
         middle, ratios = self.median, []
@@ -170,7 +170,8 @@ class Verdict:
             for end in self.interval or ():
                 if min(middle, end) < bound < max(middle, end) and math.isfinite(end - middle):
                     ratios.append((end - middle) / (bound - middle))  # an interval shrinks with √n
-        return math.ceil(self.n * max(ratios) ** 2) if ratios else None
+        needed = math.ceil(self.n * max(ratios) ** 2) if ratios else math.inf
+        return needed if needed <= 10_000 else None
 
     @property
     def measured(self) -> str:

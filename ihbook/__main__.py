@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     column.add_argument("--n-sequences", type=int, help="length of the main run (default: the profile's)")
     column.add_argument("--device", default="cpu")
     column.add_argument("--chapters", nargs="+", default=[], metavar="NAME",
-                        help="only these, such as 03_many_heads; the file keeps what it has of others")
+                        help="only these, such as 03_many_heads; the file keeps what it has of others, and of other seeds")
     column.add_argument("--book", default="book", help="the folder of the book's notebooks")
     column.add_argument("--name", help="of the column (default: the bank, and its embedding where that is not auto)")
     column.add_argument("--out", help="the file (default: evidence/NAME.json in the book's folder)")

@@ -138,11 +138,30 @@ def test_some_chapters_can_have_more_seeds(tmp_path, monkeypatch):
     new = evidence.Column("mine", evidence.provenance(Settings("quick"), [5, 6, 7, 8], "another"), more)
     both = evidence.merged(old, new)
     assert both["plateau"].n == 4 and both["all-pt"] == old["all-pt"] and both.provenance["seeds"] == [5, 6, 7, 8]
+    assert [each["date"] for each in both.provenance["earlier"]] == [old.provenance["date"]]
     assert both.provenance["command"] == "a command; another"
     for other, what in (({"bank": {"digest": "0"}}, "digest of its bank"), ({"engine": 0}, "engine"),
                         ({"settings": {**old.provenance["settings"], "profile": "paper"}}, r"profile \(paper, not quick\)")):
         with pytest.raises(ValueError, match=f"mine: the column that is there has another {what}"):
             evidence.merged(replace(old, provenance={**old.provenance, **other}), new)
+
+
+def test_networks_are_added_to_a_column(tmp_path, monkeypatch):
+    monkeypatch.setenv("IHBOOK_STORE", str(tmp_path))
+
+    def column(values, seeds):
+        return evidence.Column("mine", evidence.provenance(Settings("quick"), seeds, f"seeds {seeds[0]}"), [
+            Verdict(claim, *{"plateau": (values, seeds), "seeds-learn": (values[:1], ())}.get(key, ((), ()))) for key, claim in claims.CLAIMS.items()])
+
+    first, more, once_more = column((0.5, 0.6, 0.7), (5, 6, 7)), column((0.8, 0.9), (7, 8)), column((1.0,), (4,))
+    both = evidence.merged(first, more)
+    assert (both["plateau"].seeds, both["plateau"].values) == ((5, 6, 7, 8), (0.5, 0.6, 0.8, 0.9))
+    assert both["seeds-learn"].values == (0.8,)  # of all networks of a call, so the two can't be one
+    third = evidence.merged(both, once_more)
+    assert third["plateau"].seeds == (4, 5, 6, 7, 8) and len(third.provenance["earlier"]) == 2
+    assert third.provenance["command"] == "seeds 5; seeds 7; seeds 4" and third.provenance["seeds"] == [4, 5, 6, 7, 8]
+    jsonschema.validate(evidence.as_json(third), evidence.schema())
+    assert evidence.merged(first, column((0.1, 0.2, 0.3), (5, 6, 7)))["plateau"].values == (0.1, 0.2, 0.3)
 
 
 def test_a_command_names_what_is_not_usual():

@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import pandas as pd
+import torch
 from IPython.display import display
 
 from ihbook import engine
@@ -82,14 +83,29 @@ def measure(book: str | Path, settings: Settings, seeds: Sequence[int], out: str
 
 
 def merged(old: Column, new: Column) -> Column:
-    """The new column, with the old one's verdicts on the claims that the new one did not measure, so that some chapters can have
-    more seeds than others. Raises ValueError as `check_same` does."""
+    """The new column, with what it did not measure from the old one: the other claims, and other seeds of the same claims. So some
+    chapters can have more seeds than others, and networks can be added to those that are there. The provenance is the new one's,
+    with the old one's under `earlier`. Raises ValueError as `check_same` does."""
     check_same(old, new.provenance)
-    if all(verdict.values or not old[verdict.key].values for verdict in new.verdicts):
+    verdicts = [_together(old[verdict.key], verdict) for verdict in new.verdicts]
+    if verdicts == list(new.verdicts):
         return new  # nothing of the old one is left
-    provenance = {**new.provenance, "seeds": sorted({*old.provenance["seeds"], *new.provenance["seeds"]}),
+    earlier = [*old.provenance.get("earlier", []), {name: old.provenance.get(name) for name in _OF_ONE_CALL}]
+    provenance = {**new.provenance, "seeds": sorted({*old.provenance["seeds"], *new.provenance["seeds"]}), "earlier": earlier,
                   "command": "; ".join(dict.fromkeys(f"{old.provenance['command']}; {new.provenance['command']}".split("; ")))}
-    return Column(new.name, provenance, [verdict if verdict.values else old[verdict.key] for verdict in new.verdicts])
+    return Column(new.name, provenance, verdicts)
+
+
+_OF_ONE_CALL = ("ihbook", "torch", "device", "commit", "date", "stored_runs", "run_steps")  # of a column's provenance
+
+
+def _together(old: Verdict, new: Verdict) -> Verdict:
+    """A claim's numbers of both, the new one where both have a seed. Numbers that are not of single seeds can't stand together."""
+    if not (old.seeds and new.seeds):
+        return new if new.values else old
+    by_seed = {**dict(zip(old.seeds, old.values, strict=True)), **dict(zip(new.seeds, new.values, strict=True))}
+    seeds = tuple(sorted(by_seed))
+    return replace(new, values=tuple(by_seed[seed] for seed in seeds), seeds=seeds)
 
 
 def check_same(old: Column, stamp: Mapping[str, Any]) -> None:
@@ -134,7 +150,8 @@ def column_name(settings: Settings) -> str:
 def stamp(settings: Settings, seeds: Sequence[int], command: str) -> dict[str, Any]:
     """Where numbers come from: code, data, networks, and the command that measures them again."""
     bank = load_bank(settings.run().bank)
-    return {"ihbook": version("ihbook"), "engine": engine.VERSION, "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+    return {"ihbook": version("ihbook"), "engine": engine.VERSION, "torch": torch.__version__, "device": settings.device,
+            "commit": commit(), "date": time.strftime("%Y-%m-%d"),
             "settings": {name: value for name, value in asdict(settings).items()
                          if name not in ("device", "bank_path", "seed", "n_seeds")},
             "seeds": list(map(int, seeds)),

@@ -213,6 +213,20 @@ def test_chapters_with_more_seeds_are_named():
     some = [of("plateau", 8), of("direct", 8), of("redundant", 16), of("three-pt", 16), of("seeds-change", 0)]
     assert evidence.seeds_by_chapter(evidence.Column("a", {}, some[:3])) == "5 to 12; 5 to 20 in chapter 3"
     assert evidence.seeds_by_chapter(evidence.Column("a", {}, [*some, of("classes-b", 8)])) == "5 to 12; 5 to 20 in chapters 3, 7"
+    more = [*some[:4], of("pairs", 33), of("strongest-alone", 16)]
+    assert evidence.seeds_by_chapter(evidence.Column("a", {}, more)) == (
+        "5 to 12; 5 to 20 in chapters 3, 7; 5 to 37 for some claims of chapter 3")
+
+
+def test_what_was_asked_for_can_be_looked_up():
+    def of(values):
+        return Verdict(AT_MOST_1, values, tuple(range(5, 5 + len(values))))
+    settled, open_still, short = of((0.7, 0.8, 0.8, 0.9, 1.05, 1.1, *(0.8,) * 40)), of((0.7, 0.8, 0.8, 0.9, 1.05, 1.1) * 8), of((0.7, 0.8, 0.8, 0.9, 1.05, 1.1))
+    needed = short.n_needed
+    assert 6 < needed <= 46 and settled.word == "holds"
+    column = evidence.Column("a", {}, [settled, short, replace(settled, values=settled.values[:needed - 1], seeds=settled.seeds[:needed - 1])])
+    assert evidence.asked_for(column, 6) == [settled]
+    assert evidence.asked_for(replace(column, verdicts=[open_still]), 6) == [open_still]
 
 
 RECORDED = sorted((BOOK / "evidence").glob("*.json"))

@@ -344,17 +344,28 @@ def halves(column: Column) -> list[tuple[Verdict, Verdict, Verdict]]:
             for verdict in column.verdicts if len(verdict.seeds) >= 16]
 
 
+def asked_for(column: Column, n: int) -> list[Verdict]:
+    """The verdicts that their first `n` networks left undecided, and that have the networks that these asked for, or more."""
+    firsts = [replace(verdict, values=verdict.values[:n], seeds=verdict.seeds[:n]) for verdict in column.verdicts]
+    return [verdict for verdict, first in zip(column.verdicts, firsts, strict=True)
+            if len(verdict.seeds) > n and (first.n_needed or math.inf) <= verdict.n]
+
+
 def seeds_by_chapter(column: Column) -> str:
-    """The seeds of a column's networks, in words: "5 to 12; 5 to 20 in chapters 3 and 7"."""
+    """The seeds of a column's networks, in words: "5 to 12; 5 to 20 in chapters 3, 7; 5 to 37 for some claims of chapter 3"."""
     of: dict[tuple[int, int], list[str]] = defaultdict(list)
+    part: dict[tuple[int, int], list[str]] = defaultdict(list)
     for chapter in dict.fromkeys(verdict.claim.chapter for verdict in column.verdicts):
-        seeds = {seed for verdict in column.verdicts if verdict.claim.chapter == chapter for seed in verdict.seeds}
-        if seeds:
-            of[min(seeds), max(seeds)].append(chapter[:2].lstrip("0"))
+        ends = [(min(verdict.seeds), max(verdict.seeds)) for verdict in column.verdicts
+                if verdict.claim.chapter == chapter and verdict.seeds]
+        usual = max(dict.fromkeys(ends), key=ends.count, default=None)
+        for each in dict.fromkeys(ends):
+            (of if each == usual else part)[each].append(chapter[:2].lstrip("0"))
     usual = max(of, key=lambda ends: len(of[ends]), default=None)
-    return "; ".join(f"{first} to {last}" + ("" if (first, last) == usual else f" in chapter{'s' * (len(of[first, last]) > 1)} "
-                                            + ", ".join(of[first, last]))
-                     for first, last in sorted(of, key=lambda ends: ends != usual))
+    words = [(ends, "" if ends == usual else f" in chapter{'s' * (len(of[ends]) > 1)} {', '.join(of[ends])}")
+             for ends in sorted(of, key=lambda ends: ends != usual)]
+    words += [(ends, f" for some claims of chapter{'s' * (len(part[ends]) > 1)} {', '.join(part[ends])}") for ends in part]
+    return "; ".join(f"{first} to {last}{where}" for (first, last), where in words)
 
 
 def encoders(every: Sequence[Column]) -> list[tuple[Column, Column]]:

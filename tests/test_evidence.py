@@ -200,6 +200,13 @@ def test_what_moves_between_two_columns_is_seen_seed_by_seed():
     assert evidence.differences(a, few) == {}
 
 
+@pytest.mark.parametrize("value, words", [(1.0, "1"), (0.9, "0.9"), (1.0004, "1.0004"), (0.99999, "0.99999"), (1.00000001, "1"), (1.23456, "1.23"),
+                                          (2.0004, "2.0004"), (12345.6, "12,346"), (math.inf, "∞"), (-math.inf, "−∞")])
+def test_a_number_is_seen_to_lie_where_it_lies(value, words):
+    assert Verdict(AT_MOST_1, (value,)).measured == words
+    assert Verdict(AT_MOST_1, (value, value)).measured == f"{words} ({words} to {words})"
+
+
 def test_sixteen_networks_are_two_times_eight():
     verdict = Verdict(AT_MOST_1, tuple(range(16)), tuple(range(5, 21)))
     column = evidence.Column("a", {}, [verdict, replace(verdict, values=verdict.values[:15], seeds=verdict.seeds[:15])])

@@ -178,12 +178,13 @@ class Verdict:
         """The median over seeds and its interval, in words; "–" where no seed gave a number."""
         if not self.known:
             return "–"
-        return f"{_number(self.median)} ({self.spread})" if self.interval else _number(self.median)
+        middle = _number(self.median, self.claim)
+        return f"{middle} ({self.spread})" if self.interval else middle
 
     @property
     def spread(self) -> str:
         """The interval, in words; empty where there is none."""
-        return " to ".join(map(_number, self.interval)) if self.interval else ""
+        return " to ".join(_number(end, self.claim) for end in self.interval) if self.interval else ""
 
     @property
     def without(self) -> list[int]:
@@ -196,10 +197,15 @@ def measured_in_words(verdict: Verdict) -> str:
     return f"{verdict.word} · {verdict.measured} · n\N{NO-BREAK SPACE}{verdict.n}" if verdict.known else verdict.word
 
 
-def _number(x: float) -> str:
+def _number(x: float, claim: Claim) -> str:
+    """Three digits, or as many more as show on which side of the claim's bounds the number lies."""
     if math.isinf(x):
         return "∞" if x > 0 else "−∞"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    if abs(x) >= 1000:
+        return f"{x:,.0f}"
+    bounds = np.array([claim.low, claim.high, claim.direction_low, claim.direction_high])
+    texts = [f"{x:.{digits}g}" for digits in range(3, 8)]
+    return next((text for text in texts if (np.sign(float(text) - bounds) == np.sign(x - bounds)).all()), texts[0])
 
 
 def ratios(times: Sequence[float], to: Sequence[float]) -> list[float]:

@@ -84,10 +84,11 @@ def _evidence(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         with sweep.executor_for(options.processes, options.scheduler) as executor:
             column = evidence.measure(options.book, settings, seeds, default_root() / "evidence" / name, name=name,
                                       chapters=options.chapters, executor=executor)
-        evidence.write(evidence.merged(there, column) if there else column, out)
+        whole = evidence.merged(there, column) if there else column
+        evidence.write(whole, out)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         parser.exit(2, f"{error}\n")
-    print(f"{out}: " + ", ".join(f"{n} {word}" for word, n in evidence.counts(column).items()))
+    print(f"{out}: " + ", ".join(f"{n} {word}" for word, n in evidence.counts(whole).items()))
     return 0
 
 

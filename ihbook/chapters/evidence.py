@@ -339,16 +339,19 @@ def moved(a: Column, b: Column) -> list[str]:
 
 def halves(column: Column) -> list[tuple[Verdict, Verdict, Verdict]]:
     """The verdicts that have sixteen networks or more, each with those of the first eight alone and of all others alone."""
-    return [(verdict, replace(verdict, values=verdict.values[:8], seeds=verdict.seeds[:8]),
-             replace(verdict, values=verdict.values[8:], seeds=verdict.seeds[8:]))
-            for verdict in column.verdicts if len(verdict.seeds) >= 16]
+    return [(verdict, _part(verdict, slice(8)), _part(verdict, slice(8, None))) for verdict in column.verdicts
+            if len(verdict.seeds) >= 16]
+
+
+def _part(verdict: Verdict, which: slice) -> Verdict:
+    """The verdict on some of a claim's networks alone."""
+    return replace(verdict, values=verdict.values[which], seeds=verdict.seeds[which])
 
 
 def asked_for(column: Column, n: int) -> list[Verdict]:
     """The verdicts that their first `n` networks left undecided, and that have the networks that these asked for, or more."""
-    firsts = [replace(verdict, values=verdict.values[:n], seeds=verdict.seeds[:n]) for verdict in column.verdicts]
-    return [verdict for verdict, first in zip(column.verdicts, firsts, strict=True)
-            if len(verdict.seeds) > n and (first.n_needed or math.inf) <= verdict.n]
+    return [verdict for verdict in column.verdicts
+            if len(verdict.seeds) > n and (_part(verdict, slice(n)).n_needed or math.inf) <= verdict.n]
 
 
 def seeds_by_chapter(column: Column) -> str:
@@ -358,9 +361,9 @@ def seeds_by_chapter(column: Column) -> str:
     for chapter in dict.fromkeys(verdict.claim.chapter for verdict in column.verdicts):
         ends = [(min(verdict.seeds), max(verdict.seeds)) for verdict in column.verdicts
                 if verdict.claim.chapter == chapter and verdict.seeds]
-        usual = max(dict.fromkeys(ends), key=ends.count, default=None)
+        most = max(dict.fromkeys(ends), key=ends.count, default=None)
         for each in dict.fromkeys(ends):
-            (of if each == usual else part)[each].append(chapter[:2].lstrip("0"))
+            (of if each == most else part)[each].append(chapter[:2].lstrip("0"))
     usual = max(of, key=lambda ends: len(of[ends]), default=None)
     words = [(ends, "" if ends == usual else f" in chapter{'s' * (len(of[ends]) > 1)} {', '.join(of[ends])}")
              for ends in sorted(of, key=lambda ends: ends != usual)]

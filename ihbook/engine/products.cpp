@@ -12,7 +12,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 8, VECTORS = 2;  // of 32 registers, 16 hold sums
 #elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 4, VECTORS = 3;  // of 16 registers, 12 hold sums
+constexpr int LANES = 8, ROWS = 6, VECTORS = 2;  // of 16 registers, 12 hold sums; most widths of a step are multiples of 16, not 24
 #else
 constexpr int LANES = 4, ROWS = 8, VECTORS = 2;
 #endif

@@ -64,8 +64,8 @@ def _encode(images: Tensor, numbers: dict[str, Tensor]) -> Tensor:
             x = F.max_pool2d(x, 2)
         weight = numbers[f"{i}.weight"].double() * 2.0 ** -numbers[f"{i}.exponent"].double()[:, None, None, None]
         columns = F.unfold(x, 3, padding=1)  # as a product: a library's convolution may transform its input inexactly
-        y = weight.flatten(1) @ columns + numbers[f"{i}.bias"].double()[:, None] * GRID
-        x = ((y / GRID).round() * GRID).relu().unflatten(2, x.shape[2:])
+        y = weight.flatten(1) @ columns.transpose(0, 1).flatten(1) + numbers[f"{i}.bias"].double()[:, None] * GRID
+        x = ((y / GRID).round() * GRID).relu().unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1)
     return x.sum((2, 3))
 
 

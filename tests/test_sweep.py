@@ -286,7 +286,7 @@ def test_what_a_stopped_call_leaves_on_the_workers_ends(cluster):
         asked.close()
         started = time.monotonic()
         while any(threads_that_train(client).values()):
-            assert time.monotonic() - started < 60
+            assert time.monotonic() - started < 900  # to compile takes minutes where other work takes the cores; to train, hours
             time.sleep(0.5)
 
 

@@ -40,6 +40,14 @@ def test_claims_are_whole():
         assert claim.sentence and bool(claim.published) != claim.new and claim.measure and claim.holds_if
 
 
+def test_an_interval_misses_the_true_median_as_often_as_is_said():
+    chance = np.random.default_rng(8)
+    intervals = [claims.Verdict(claims.CLAIMS["plateau"], tuple(chance.standard_normal(8))).interval for _ in range(200)]
+    missed = sum(least > 0 or most < 0 for least, most in intervals) / len(intervals)
+    assert missed == pytest.approx(claims.misses(8), abs=0.05) and 0.05 < claims.misses(8) < 0.12
+    assert 0.05 < claims.misses(16) < claims.misses(8)
+
+
 def test_two_claims_with_one_key_are_refused():
     text = '[a]\nfigure = "1"\nsentence = "s"\npublished = "p"\nmeasure = "m"\nlow = 1\n'
     assert claims.load(text)["a"].low == 1

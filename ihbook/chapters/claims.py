@@ -7,7 +7,7 @@ import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from statistics import median
 
@@ -195,6 +195,17 @@ class Verdict:
 def measured_in_words(verdict: Verdict) -> str:
     """A verdict and its numbers in a table's cell."""
     return f"{verdict.word} · {verdict.measured} · n\N{NO-BREAK SPACE}{verdict.n}" if verdict.known else verdict.word
+
+
+@cache
+def misses(n: int) -> float:
+    """The share of `Verdict.interval`s that leave out the true median of what the n numbers come from, of 1,000 normal samples:
+    more than 1 - COVERAGE (n 8: 8%; n 16: 7%), as the medians of samples of so few numbers vary too little."""
+    chance = np.random.default_rng(0)
+    drawn, again = chance.standard_normal((1000, n)), chance.integers(0, n, (999, n))
+    tail = 100 * (1 - COVERAGE) / 2
+    least, most = np.percentile([np.median(numbers[again], 1) for numbers in drawn], [tail, 100 - tail], axis=1)
+    return float(((least > 0) | (most < 0)).mean())
 
 
 def _number(x: float, claim: Claim) -> str:

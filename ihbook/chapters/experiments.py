@@ -298,6 +298,13 @@ def curve(result: Result, eval_set: str = "train", metric: str = "loss", **colum
     return rows[["sequences", "value"]].assign(run=result.run.init_seed, **columns)
 
 
+def at_end(result: Result, metric: str = "accuracy") -> pd.Series:
+    """A metric at a run's end, by the name of the evaluation set."""
+    table = result.metrics
+    rows = table[(table["sequences"] == table["sequences"].max()) & (table["metric"] == metric)]
+    return rows.set_index("eval_set")["value"]
+
+
 def sharpness(result: Result) -> float:
     """How many times faster the training loss falls in the half around the phase change than in the second quarter of the time to
     it (`metrics.plateau`; Figures 3a, 5b, 7); NaN where there is no change."""

@@ -72,9 +72,9 @@ def start():
 
 def test_two_processes_compile_it_once_and_a_third_does_not_load_the_compiler(cache):
     both = [start() for _ in range(2)]
-    said = sorted(process.communicate(timeout=300)[0].split()[0] for process in both)
+    said = sorted(process.communicate(timeout=900)[0].split()[0] for process in both)
     assert said == ["0", "1"]
-    assert start().communicate(timeout=120)[0].split() == ["0", "False"]
+    assert start().communicate(timeout=900)[0].split() == ["0", "False"]
 
 
 def test_a_damaged_or_foreign_function_is_compiled_anew(cache, monkeypatch):

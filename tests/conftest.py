@@ -95,6 +95,7 @@ THEIRS = ("Identifier 'THEBE_JS_URL' has already been declared", "Got invalid th
 def opened(browser, address, width=1366, first=""):
     """A page, and the errors on it that are not the theme's; the script `first` runs before the page's own."""
     page, wrong = browser.new_page(viewport={"width": width, "height": 900}), []
+    page.set_default_timeout(600_000)  # milliseconds: a page that trains networks beside other work takes minutes
     page.add_init_script(first)
 
     def said(words):

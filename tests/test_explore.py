@@ -401,12 +401,12 @@ def lab(tmp_path_factory, quick):
 @pytest.mark.slow
 def test_the_live_panels_in_jupyterlab(browser, lab, quick, executed):
     page, _ = opened(browser, f"{lab}/lab/tree/explore.ipynb")
-    page.wait_for_function("window.jupyterapp && window.jupyterapp.commands.hasCommand('notebook:run-all-cells')", timeout=60_000)
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status === 'idle'",
-                           timeout=60_000)  # before that it would ask which kernel to start
+    page.wait_for_function("window.jupyterapp && window.jupyterapp.commands.hasCommand('notebook:run-all-cells')")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    # Before the kernel is idle, JupyterLab would ask which kernel to start.
+    page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext?.session?.kernel?.status === 'idle'")
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")  # and does not wait for the end
-    page.get_by_role("button", name="Continue").wait_for(timeout=180_000)  # the last panel is there
+    page.get_by_role("button", name="Continue").wait_for()  # the last panel is there
     panels_ = page.locator(".widget-vbox.ih-panel")
     scrub, operate = panels_.nth(0), panels_.nth(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -229,13 +229,13 @@ def number(words: str) -> int:
 def train_until_all_have_fallen(page, panel):
     panel.get_by_role("button", name="Train", exact=True).click()
     page.wait_for_function("""() => [...document.querySelectorAll(".ih-curves td:last-child")].map((cell) => cell.textContent)
-      .filter((words) => words !== "–").length === 6""", timeout=60_000)
+      .filter((words) => words !== "–").length === 6""")
 
 
 @contextmanager
-def main_thread(page):
-    """The CPU time, in milliseconds, of each task on the page's main thread meanwhile: a busy machine does not lengthen it."""
-    session, events, times, done = page.context.new_cdp_session(page), [], [], []
+def threads(page):
+    """The CPU time, in milliseconds, of each task on the page's main thread and on its workers meanwhile, by the thread's name."""
+    session, events, times, done = page.context.new_cdp_session(page), [], {}, []
     session.on("Tracing.dataCollected", lambda part: events.extend(part["value"]))
     session.on("Tracing.tracingComplete", lambda _: done.append(True))
     session.send("Tracing.start", {"transferMode": "ReportEvents", "traceConfig": {"includedCategories": ["toplevel", "__metadata"]}})
@@ -243,15 +243,19 @@ def main_thread(page):
     session.send("Tracing.end")
     while not done:
         page.wait_for_timeout(100)
-    threads = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name" and e["args"]["name"] == "CrRendererMain"}
-    times += [e["tdur"] / 1000 for e in events if (e["pid"], e["tid"]) in threads and e["name"].endswith("RunTask") and "tdur" in e]
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    for e in events:
+        if e["name"].endswith("RunTask") and "tdur" in e:
+            times.setdefault(names.get((e["pid"], e["tid"])), []).append(e["tdur"] / 1000)
 
 
 def test_the_six_curves_fall_in_the_published_order_while_the_page_stays_free(page):
     panel = what_if(page, *live.ways(7, 4)["1.7 alone"])
-    with main_thread(page) as times:
+    with threads(page) as times:
         train_until_all_have_fallen(page, panel)
-    assert len(times) > 50 and max(times) < 50
+    of_page, workers = times["CrRendererMain"], sum(times["DedicatedWorker thread"])
+    # The workers train, the page draws, and no task holds it up for a fiftieth of their time, whatever the machine.
+    assert len(of_page) > 50 and sum(of_page) < workers and max(of_page) < workers / 50
     fell = {name: number(cells[2]) for name, cells in rows(panel).items()}
     assert max(fell["layer 1 and copy"], fell["match"], fell["copy"]) < fell["layer 1"] < fell["previous token"] < fell["nothing"]
     assert panel.locator('.ih-chart-view path[stroke-width="1.8"]').count() == 6

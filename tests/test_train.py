@@ -468,6 +468,11 @@ def test_a_call_that_goes_on_keeps_its_blocks(small_bank, processes, tmp_path, m
     assert len(planning.plan_blocks(second.family, tmp_path)) == 2
 
 
+@pytest.mark.parametrize("steps, pays", [([12_000], True), ([11_000], False), ([2000] * 8, False), ([4000] * 8, True)])
+def test_a_long_run_is_compiled_before_as_many_steps_of_short_ones(steps, pays):
+    assert compiled.pays(steps, "cpu") == pays
+
+
 def test_a_failing_process_is_reported(small_bank, processes, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="choose another directory"):

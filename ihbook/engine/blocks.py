@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ihbook.clamps import Ablate, Clamp
-from ihbook.engine.compiled import BLOCK, COMPILE_FROM, PLAIN_BLOCK
+from ihbook.engine.compiled import BLOCK, PLAIN_BLOCK, pays
 from ihbook.engine.prepared import Prepared, clamp_signature, family_digest, shape_of
 from ihbook.files import writing
 
@@ -77,25 +77,25 @@ def plan_blocks(wanted: Sequence[Prepared], directory: Path, device: str | torch
     def program_of(prepared: Prepared) -> tuple:
         return prepared.family_key, *(prepared.compile_key if kind == "cpu" else (prepared.extra_pass_key,))
 
-    work: dict[tuple, int] = defaultdict(int)  # run-steps, by program
+    steps: dict[tuple, list[int]] = defaultdict(list)  # of each run, by program
     for prepared in waiting.values():
-        work[program_of(prepared)] += prepared.run.n_steps
+        steps[program_of(prepared)].append(prepared.run.n_steps)
     groups: dict[tuple, list[int]] = defaultdict(list)
     for i, prepared in waiting.items():
-        pays = work[program_of(prepared)] >= COMPILE_FROM[kind] if compile is None else compile
-        groups[(pays, *program_of(prepared)) if pays else (pays, prepared.family_key)].append(i)
+        compiles = pays(steps[program_of(prepared)], kind) if compile is None else compile
+        groups[(compiles, *program_of(prepared)) if compiles else (compiles, prepared.family_key)].append(i)
     most = {True: BLOCK[kind], False: PLAIN_BLOCK if kind == "cpu" else BLOCK[kind]}  # runs per block, by whether it is compiled
-    n_blocks = len(stopped) + sum(-(-len(members) // most[pays]) for (pays, *_), members in groups.items())
+    n_blocks = len(stopped) + sum(-(-len(members) // most[compiles]) for (compiles, *_), members in groups.items())
     planned = []
-    for (pays, *_), members in groups.items():
+    for (compiles, *_), members in groups.items():
         members.sort(key=lambda i: -wanted[i].run.n_steps)
-        n = -(-len(members) // most[pays])
+        n = -(-len(members) // most[compiles])
         enough = sum(wanted[i].run.n_steps for i in members) >= SHARE_FROM
-        if kind == "cpu" and enough and (n_blocks < n_cores() or not pays):
+        if kind == "cpu" and enough and (n_blocks < n_cores() or not compiles):
             cores = min(len(members), n_cores())  # every core gets an equal share
             n = -(-n // cores) * cores
         even = -(-len(members) // n)
-        planned += [(members[start:start + even], pays) for start in range(0, len(members), even)]
+        planned += [(members[start:start + even], compiles) for start in range(0, len(members), even)]
     blocks = [Block([wanted[i] for i in places], places, compile) for places, compile in [*stopped, *planned]]
     if kind != "cpu":
         return blocks

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ihbook.config import RunConfig
 from ihbook.engine import folders
-from ihbook.engine.compiled import BLOCK, COMPILE_FROM, PLAIN_BLOCK
+from ihbook.engine.compiled import BLOCK, PLAIN_BLOCK, pays
 from ihbook.engine.family import train_family
 from ihbook.engine.prepared import Prepared, prepare
 from ihbook.task import Bank
@@ -169,7 +169,7 @@ def train_on_this_worker(runs: Sequence[RunConfig], bank: Bank | None, digest: s
     family = prepare(runs, bank, device)
     if family[0].bank.digest != digest:
         raise RuntimeError("this worker draws other characters than the machine that asks; install the same packages on both")
-    compiled = sum(prepared.run.n_steps for prepared in family) >= COMPILE_FROM[device]
+    compiled = pays([prepared.run.n_steps for prepared in family], device)
     with tempfile.TemporaryDirectory() as root:
         results = train_family(family, Path(root) / "training", device, compiled, stopped=_told(stop))
         if results is None:

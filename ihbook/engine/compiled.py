@@ -27,7 +27,7 @@ from ihbook.task import Batch
 BLOCK = {"cpu": 1, "cuda": 512}  # most runs per family: a CPU's caches hold only one run, and more would gain nothing
 PLAIN_BLOCK = 8  # most runs per family on a CPU without compiling: they share the cost of calling each operation
 COMPILE_FROM = {"cpu": 30_000, "cuda": 100}  # run-steps, `pays`: a CPU compiles a step and an evaluation, 25 s of a core each
-CALLING = 1.5  # run-steps that a plain step of one run or of several takes, beyond its own, to call each operation
+CALLING = {"cpu": 1.5, "cuda": 0}  # run-steps: what a plain step costs beyond those of its runs, to call each operation
 
 
 def program_for(compile: bool, device: str | torch.device) -> Program:
@@ -53,7 +53,7 @@ def _compiled_program() -> Program:
 def pays(steps: Sequence[int], device: str) -> bool:
     """Whether it pays to compile (on a GPU, to capture) one program for runs of so many steps each. A long run gains more by it
     than short ones with as many run-steps in all, which share the cost of calling each operation where they are not compiled."""
-    return sum(steps) + CALLING * max(steps) >= COMPILE_FROM[device]
+    return sum(steps) + CALLING[device] * max(steps) >= COMPILE_FROM[device]
 
 
 def has_compiler() -> bool:

@@ -199,8 +199,8 @@ def measured_in_words(verdict: Verdict) -> str:
 
 @cache
 def misses(n: int) -> float:
-    """The share of `Verdict.interval`s that leave out the true median of what the n numbers come from, of 1,000 normal samples:
-    more than 1 - COVERAGE (n 8: 8%; n 16: 7%), as the medians of samples of so few numbers vary too little."""
+    """The share of intervals (`Verdict.interval`) that leave out the true median of what the n numbers come from, of 1,000 normal
+    samples: more than 1 - COVERAGE (n 8: 8%; n 16: 7%), as the medians of samples of so few numbers vary too little."""
     chance = np.random.default_rng(0)
     drawn, again = chance.standard_normal((1000, n)), chance.integers(0, n, (999, n))
     tail = 100 * (1 - COVERAGE) / 2

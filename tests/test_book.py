@@ -222,9 +222,9 @@ def test_bad_parameters_fail_with_the_named_error(store, name, parameters, words
     assert words in str(error.value)
 
 
-@pytest.mark.xdist_group("chapters")
+@pytest.mark.xdist_group("book")
 @pytest.mark.slow
-def test_the_examples_of_extending_do_what_the_page_says(tmp_path, store):
+def test_the_examples_of_extending_do_what_the_page_says(tmp_path, built, store):
     wanted = ("[[experiments.loss_at(r, settings.n_sequences) for r in trained], steered, margin['value'].tolist(), "
               "sorted(set(with_sets.metrics['eval_set'])), on_signs.weights.d_exemplar, deep['three layers'].run.model.n_layers, "
               "verdicts[0].word]")

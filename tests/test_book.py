@@ -258,9 +258,8 @@ def test_the_book_builds(built):
     found = json.loads((root / "claims.json").read_text())  # the page's numbers, for machines
     jsonschema.validate(found, evidence.schema())
     words = Counter(row["verdict"] for row in found["claims"] if row["source"] != PREDICTED)
-    # One claim can't be tested where the strongest head makes no mistakes (Table 3). With one short network each, 50 of 62 hold, and
-    # how many depends on the network: among those of one recorded column, by a standard deviation of 2 to 4. Two of them below is 0.7.
-    assert words["not tested"] <= 1 and words["holds"] + words["check"] >= 0.7 * sum(words.values())
+    # One claim can't be tested where the strongest head makes no mistakes (Table 3).
+    assert words["not tested"] <= 1 and words["holds"] + words["check"] >= 0.8 * sum(words.values())
     assert len(found["claims"]) == len(CLAIMS) and all(row["verdict"] != "not tested" for row in found["claims"] if row["source"] == PREDICTED)
     assert found["provenance"]["settings"]["profile"] == "quick" and found["provenance"]["run_steps"] > 50_000
     assert all(f">{row['claim']}<" in texts["claims"] for row in found["claims"] if "'" not in row["claim"])
